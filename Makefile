@@ -1,0 +1,99 @@
+# `make` lists the targets. They run in .venv, which the first one creates, fills with the pins of
+# requirements.txt and gives the compiled library; later runs skip what is done.
+# `PYTHON=python3 make ...` uses that interpreter as it is instead: nothing is installed, the
+# library is built in place (for a machine that reaches no package registry).
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+ifdef PYTHON
+RUN := PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
+STAMPS := build
+BUILD := $(PYTHON) setup.py --quiet build_ext --inplace
+else
+RUN := .venv/bin/python
+STAMPS := .venv
+INSTALLED := .venv/.installed
+BUILD := $(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable .
+# torch looks for ninja on the PATH.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+endif
+
+# CUDA code is built for the visible GPU, else for Hopper alone: setup.py's own default, every
+# supported architecture, takes too long for a test. 9.0 becomes 9.0a, which clusters need.
+GPU_ARCHS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+	| grep -E '^[0-9]+\.[0-9]+$$' | sort -u | sed 's/^9\.0$$/9.0a/' | paste -s -d ';' -)
+TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHS),9.0a)
+export TORCH_CUDA_ARCH_LIST
+
+CPP := $(wildcard cuda_ops/*.cpp cuda_ops/*.h cuda_ops/*.cu cuda_ops/*.cuh)
+SOURCES := setup.py pyproject.toml $(CPP)
+BUILT := $(STAMPS)/.built
+# Without a GPU the demo needs no CUDA code, which takes the longest to build.
+BUILT_FOR_DEMO := $(if $(GPU_ARCHS),$(BUILT),$(STAMPS)/.built-cpu)
+
+.PHONY: help demo test test-gpu test-stable-abi lint build clean
+
+help:
+	@echo "make demo             train the recipe with our encoder and SpeechBrain's, compare epoch times"
+	@echo "make test             run the tests (those that need a GPU are skipped without one)"
+	@echo "make test-gpu         run the tests that need a GPU"
+	@echo "make test-stable-abi  run the operator's tests under a newer torch than the library's own"
+	@echo "make lint             check the style of Python and C++ files"
+	@echo "make build            build the library"
+	@echo "make clean            remove what was built (the environment .venv stays)"
+
+demo: $(BUILT_FOR_DEMO)
+	@echo "== Demo: a corpus, then the same CTC recipe with our encoder and with SpeechBrain's"
+	$(RUN) recipes/LibriSpeech/compare_epoch_time.py
+
+test: $(BUILT)
+	@echo "== Tests"
+	$(RUN) -m pytest
+
+test-gpu: $(BUILT)
+	@$(RUN) -c "import sys, torch; torch.cuda.is_available() or sys.exit('No CUDA GPU is visible')"
+	@echo "== Tests that need a GPU"
+	$(RUN) -m pytest -m gpu
+
+# The library uses torch's stable ABI, so a file built with torch 2.11 must work with torch 2.13.
+test-stable-abi: $(BUILT) .venv-torch213/.installed
+	@echo "== Operator tests of the same library under torch 2.13"
+	PYTHONPATH=. .venv-torch213/bin/python -m pytest tests/test_ops.py
+
+lint: $(INSTALLED)
+	@echo "== Style"
+	$(RUN) -m ruff check .
+	clang-format --dry-run --Werror $(CPP)
+
+build: $(BUILT)
+
+clean:
+	rm -rf build dist *.egg-info sb_fast_sligru/*.so .venv/.built .venv/.built-cpu
+
+.venv/.installed: requirements.txt
+	@echo "== Installing the pins of requirements.txt into .venv (1 to 3 minutes)"
+	@python3 -c "import sys; sys.version_info >= (3, 10) or sys.exit( \
+		'Python 3.10 or newer is needed; python3 here is ' + sys.version)"
+	python3 -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv-torch213/.installed:
+	@echo "== Installing torch 2.13 into .venv-torch213"
+	python3 -m venv .venv-torch213
+	.venv-torch213/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.13.0 numpy pytest
+	@touch $@
+
+$(STAMPS)/.built: $(SOURCES) $(INSTALLED)
+	@echo "== Building the library (CUDA code, if nvcc is found, for $(TORCH_CUDA_ARCH_LIST))"
+	$(BUILD)
+	@mkdir -p $(STAMPS) && touch $(STAMPS)/.built-cpu $@
+
+$(STAMPS)/.built-cpu: $(SOURCES) $(INSTALLED)
+	@echo "== Building the library for the CPU"
+	rm -f sb_fast_sligru/_C_cuda* $(STAMPS)/.built
+	NO_CUDA=1 $(BUILD)
+	@mkdir -p $(STAMPS) && touch $@
