@@ -1,0 +1,241 @@
+"""CSV manifests of LibriSpeech, or of any corpus in its layout, with every file checked.
+
+    python recipes/LibriSpeech/prepare.py DATA_FOLDER SAVE_FOLDER \
+        --train train-clean-100 --dev dev-clean --test test-clean
+
+Columns are those of SpeechBrain's own preparation (ID, duration, wav, spk_id, wrd), to be read
+with `DynamicItemDataset.from_csv`. Expected in DATA_FOLDER:
+
+    SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac         16 kHz, mono
+    SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt         one "ID TEXT" a line
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import soundfile
+from speechbrain.dataio.dataio import merge_csvs
+from speechbrain.utils.parallel import parallel_map
+
+SAMPLE_RATE = 16000
+SPLITS = (
+    "train-clean-100",
+    "train-clean-360",
+    "train-other-500",
+    "dev-clean",
+    "dev-other",
+    "test-clean",
+    "test-other",
+)
+COLUMNS = ("ID", "duration", "wav", "spk_id", "wrd")
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_librispeech(
+    data_folder, save_folder, train_splits, dev_splits=(), test_splits=(), skip_bad_files=False
+):
+    """Write SPLIT.csv for every split, and train.csv for all train splits together.
+
+    A split that was prepared before from the same files with the same options is skipped, so an
+    interrupted preparation goes on with the first unfinished split. `prepare.json` in
+    `save_folder` records what was done.
+
+    Arguments
+    ---------
+    data_folder : str or Path
+        Holds one folder a split.
+    save_folder : str or Path
+        Where the manifests go; made if absent.
+    train_splits, dev_splits, test_splits : sequence of str
+        Names of LibriSpeech's splits (`SPLITS`).
+    skip_bad_files : bool
+        False: a bad file is an error. True: it is left out, counted in a warning and listed in
+        `prepare.json`. Bad is an utterance without audio or without words, and audio that is
+        unreadable, empty, truncated, not at 16 kHz or not mono.
+
+    Raises
+    ------
+    FileNotFoundError
+        If `data_folder` or a split's folder does not exist.
+    ValueError
+        If a split is unknown, given twice or empty, a transcript file is malformed, or a file is
+        bad. The message names the split and the file.
+
+    Example
+    -------
+    >>> prepare_librispeech(
+    ...     "LibriSpeech", "manifests", ["train-clean-100"], ["dev-clean"]
+    ... )  # doctest: +SKIP
+    """
+    data_folder, save_folder = Path(data_folder).resolve(), Path(save_folder)
+    splits = [*train_splits, *dev_splits, *test_splits]
+    _check_splits(data_folder, splits, train_splits)
+    save_folder.mkdir(parents=True, exist_ok=True)
+    record_path = save_folder / "prepare.json"
+    record = json.loads(record_path.read_text()) if record_path.is_file() else {}
+
+    for split in splits:
+        manifest = save_folder / f"{split}.csv"
+        transcripts = sorted((data_folder / split).glob("*/*/*.trans.txt"))
+        request = {
+            "folder": str(data_folder / split),
+            "transcripts": _fingerprint(transcripts),
+            "skip_bad_files": bool(skip_bad_files),
+        }
+        if manifest.is_file() and record.get(split, {}).get("request") == request:
+            logger.info(f"{split}: prepared before, {manifest} is kept")
+            continue
+        rows, bad = _check_utterances(data_folder / split, _read_transcripts(split, transcripts))
+        if bad and not skip_bad_files:
+            path, reason = next(iter(bad.items()))
+            more = f" (and {len(bad) - 1} more bad files)" if len(bad) > 1 else ""
+            raise ValueError(
+                f"{split}: {path}: {reason}{more}; repair the corpus or set skip_bad_files"
+            )
+        if not rows:
+            raise ValueError(f"{split}: no usable utterance in {data_folder / split}")
+        if bad:
+            logger.warning(f"{split}: {len(bad)} bad files left out, listed in {record_path}")
+        _write_atomically(manifest, _manifest(rows))
+        record[split] = {"request": request, "utterances": len(rows), "left_out": bad}
+        _write_atomically(record_path, json.dumps(record, indent=1) + "\n")
+        hours = sum(row[1] for row in rows) / 3600
+        logger.info(f"{split}: {len(rows)} utterances, {hours:.2f} h in {manifest}")
+    merge_csvs(str(save_folder), [f"{split}.csv" for split in train_splits], "train.csv")
+
+
+def _check_splits(data_folder, splits, train_splits):
+    if not train_splits:
+        raise ValueError("train_splits is empty: name at least one split")
+    for split in splits:
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; LibriSpeech has {', '.join(SPLITS)}")
+        if splits.count(split) > 1:
+            raise ValueError(f"split {split!r} is given more than once")
+    if not data_folder.is_dir():
+        raise FileNotFoundError(f"data_folder {data_folder} does not exist")
+    for split in splits:
+        if not (data_folder / split).is_dir():
+            found = [name for name in SPLITS if (data_folder / name).is_dir()]
+            raise FileNotFoundError(
+                f"data_folder {data_folder} has no folder {split!r}; "
+                f"of LibriSpeech's splits it holds: {', '.join(found) or 'none'}"
+            )
+
+
+def _fingerprint(transcripts):
+    """Changes when the transcripts of a split do, without reading them."""
+    digest = hashlib.sha256()
+    for path in transcripts:
+        status = path.stat()
+        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_transcripts(split, transcripts):
+    """Audio path -> words, for every line of the transcripts."""
+    words = {}
+    for path in transcripts:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            identifier, _, text = line.strip().partition(" ")
+            audio = path.with_name(f"{identifier}.flac")
+            if not identifier.startswith(path.name.removesuffix(".trans.txt") + "-"):
+                raise ValueError(
+                    f"{split}: {path}, line {number}: expected an utterance ID of this chapter "
+                    f"and its words, found {line[:60]!r}"
+                )
+            if audio in words:
+                raise ValueError(f"{split}: {path}, line {number}: {identifier} occurs twice")
+            words[audio] = text.strip()
+    return words
+
+
+def _check_utterances(folder, words):
+    """Sort a split's utterances into manifest rows and {path: reason} of bad ones."""
+    utterances = dict.fromkeys(folder.glob("*/*/*.flac")) | words
+    rows, bad = [], {}
+    for path, seconds, reason in parallel_map(
+        _check_audio,
+        sorted(utterances),
+        chunk_size=64,
+        progress_bar_kwargs={"desc": f"checking {folder.name}", "unit": "file"},
+    ):
+        if not utterances[path]:
+            reason = "no words for it in its chapter's .trans.txt"
+        if reason:
+            bad[str(path)] = reason
+        else:
+            # The reader's chapter is the "speaker" of SpeechBrain's manifests.
+            chapter = path.stem.rpartition("-")[0]
+            rows.append((path.stem, seconds, str(path), chapter, utterances[path]))
+    return rows, bad
+
+
+def _check_audio(path):
+    """Return (path, seconds, None), or (path, None, what is wrong with the file)."""
+    if not path.is_file():
+        return path, None, "the transcript names it, but there is no such file"
+    try:
+        with soundfile.SoundFile(path) as audio:
+            if audio.samplerate != SAMPLE_RATE:
+                return path, None, f"{audio.samplerate} Hz, expected {SAMPLE_RATE} Hz"
+            if audio.channels != 1:
+                return path, None, f"{audio.channels} channels, expected 1"
+            try:
+                # Found in a truncated file only when its end is looked for; decoding the whole
+                # corpus would take a hundred times as long.
+                audio.seek(audio.frames - 1)
+            except soundfile.LibsndfileError:
+                return path, None, f"truncated: its header promises {audio.frames} samples"
+            return path, audio.frames / SAMPLE_RATE, None
+    except soundfile.LibsndfileError as error:
+        return path, None, f"unreadable, {path.stat().st_size} bytes: {error.error_string}"
+
+
+def _manifest(rows):
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _write_atomically(path, text):
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(partial, path)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data_folder", help="the corpus: holds one folder a split")
+    parser.add_argument("save_folder", help="where the manifests go")
+    parser.add_argument("--train", nargs="+", required=True, metavar="SPLIT")
+    parser.add_argument("--dev", nargs="+", default=[], metavar="SPLIT")
+    parser.add_argument("--test", nargs="+", default=[], metavar="SPLIT")
+    parser.add_argument("--skip-bad-files", action="store_true", help="leave them out and go on")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        prepare_librispeech(
+            options.data_folder,
+            options.save_folder,
+            options.train,
+            options.dev,
+            options.test,
+            options.skip_bad_files,
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"prepare: {error}")
+
+
+if __name__ == "__main__":
+    main()
