@@ -324,12 +324,13 @@ def _seconds_on_disk(folder, speaker):
         if not path.is_file() or path.read_text(encoding="ascii") != text:
             return None
     try:
-        return sum(
-            soundfile.info(_chapter_folder(folder, speaker, chapter) / f"{name}.flac").duration
+        samples = sum(
+            soundfile.info(_chapter_folder(folder, speaker, chapter) / f"{name}.flac").frames
             for chapter, name, _ in speaker.utterances
         )
     except soundfile.LibsndfileError:
         return None
+    return samples / SAMPLE_RATE
 
 
 def _claim_folder(folder, settings):

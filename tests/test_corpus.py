@@ -1,0 +1,328 @@
+"""The synthetic corpus and the manifests of LibriSpeech's layout."""
+
+import csv
+import json
+import re
+import shutil
+
+import mini_librispeech
+import numpy as np
+import prepare
+import pytest
+import soundfile
+from mini_librispeech import DEFAULT_SPLITS, draw_sentences, make_corpus, plan_speakers
+from prepare import prepare_librispeech
+from speechbrain.dataio.dataio import read_audio
+from speechbrain.dataio.dataset import DynamicItemDataset
+
+SPLITS = {"train-clean-100": (2, 21), "dev-clean": (1, 2), "test-clean": (1, 2)}
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus with spaces") / "LibriSpeech"
+    make_corpus(folder, SPLITS, seed=3, workers=2)
+    return folder
+
+
+@pytest.fixture
+def small(corpus, tmp_path):
+    """A copy that a test may damage: `small.split` holds one speaker of 21 utterances."""
+    folder = tmp_path / "LibriSpeech"
+    speaker = min((corpus / "train-clean-100").iterdir())
+    shutil.copytree(speaker, folder / "train-clean-100" / speaker.name)
+    return folder
+
+
+def utterances(folder):
+    return sorted(folder.rglob("*.flac"))
+
+
+# The generator
+
+
+def test_same_settings_give_the_same_bytes(corpus, tmp_path):
+    make_corpus(tmp_path / "again", SPLITS, seed=3, workers=1)
+    first, second = contents(corpus), contents(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert [path for path in first if first[path] != second[path]] == []
+
+
+def test_layout_is_librispeech_s(corpus):
+    names = set()
+    for path in utterances(corpus):
+        split, speaker, chapter, name = path.relative_to(corpus).parts
+        assert re.fullmatch(rf"{speaker}-{chapter}-\d{{4}}\.flac", name)
+        assert split in prepare.SPLITS
+        names.add(path.stem)
+    assert len(names) == sum(speakers * each for speakers, each in SPLITS.values())
+    transcribed = set()
+    for path in corpus.rglob("*.trans.txt"):
+        assert re.fullmatch(r"(\d+)-(\d+)\.trans\.txt", path.name)
+        for line in path.read_text(encoding="ascii").splitlines():
+            identifier, text = line.split(" ", 1)
+            assert re.fullmatch(r"[A-Z]+( [A-Z]+)+", text)
+            assert identifier.startswith(path.name.removesuffix(".trans.txt"))
+            transcribed.add(identifier)
+    assert transcribed == names
+    # Speakers with more than 20 utterances have a second chapter.
+    speaker = min((corpus / "train-clean-100").iterdir())
+    assert [len(utterances(chapter)) for chapter in sorted(speaker.iterdir())] == [20, 1]
+    table = (corpus / "SPEAKERS.TXT").read_text().splitlines()
+    assert len(table) == 1 + 4 and all(line.count("|") == 4 for line in table)
+
+
+def test_audio_format_and_level(corpus):
+    durations = []
+    for path in utterances(corpus):
+        info = soundfile.info(path)
+        assert (info.format, info.subtype) == ("FLAC", "PCM_16")
+        assert (info.samplerate, info.channels) == (16000, 1)
+        audio = read_audio(str(path)).numpy()
+        assert 0.1 < np.abs(audio).max() < 0.99, path
+        # Frames of digital silence would put a floor into log filter banks.
+        frames = audio[: len(audio) // 400 * 400].reshape(-1, 400)
+        assert frames.std(axis=1).min() > 5e-4, path
+        durations.append(info.duration)
+    words = sum(
+        len(line.split()) - 1
+        for path in corpus.rglob("*.trans.txt")
+        for line in path.read_text().splitlines()
+    )
+    assert 2.3 < words / sum(durations) < 3.1  # LibriSpeech: 2.7 words/s
+
+
+def test_splits_share_no_voice_and_no_sentence():
+    speakers = plan_speakers(DEFAULT_SPLITS, seed=0)
+    for attribute in ("identifier", "voice"):
+        groups = {
+            split: {getattr(speaker, attribute) for speaker in speakers if speaker.split == split}
+            for split in DEFAULT_SPLITS
+        }
+        assert sum(map(len, groups.values())) == len(set().union(*groups.values()))
+    sentences = [sentence for speaker in speakers for sentence in speaker.sentences]
+    assert len(set(sentences)) == len(sentences) == 20 * 25 + 4 * 15 + 8 * 15
+    assert 40 <= len({word for sentence in sentences for word in sentence.split()}) <= 60
+
+
+def test_more_hours_leave_dev_and_test_as_they_are():
+    def small_splits(splits):
+        return [s for s in plan_speakers(splits, seed=0) if not s.split.startswith("train")]
+
+    larger = mini_librispeech.splits_for_hours(5)
+    assert larger["train-clean-100"] == (180, 25)
+    assert small_splits(DEFAULT_SPLITS) == small_splits(larger)
+    assert mini_librispeech.splits_for_hours(50)["train-clean-100"] == (250, 180)
+
+
+def test_every_voice_exists():
+    """The engine takes an unknown variant without a word and speaks with the plain voice."""
+    espeakng_loader = pytest.importorskip("espeakng_loader")
+    data = mini_librispeech.Path(espeakng_loader.get_data_path())
+    for variant in mini_librispeech.VARIANTS:
+        assert (data / "voices" / "!v" / variant).is_file()
+    for accent in mini_librispeech.ACCENTS:
+        assert (data / "lang" / "gmw" / accent).is_file()
+
+
+def test_complete_corpus_is_reused_and_a_damaged_one_repaired(corpus, tmp_path, monkeypatch):
+    folder = shutil.copytree(corpus, tmp_path / "copy")
+    expected = contents(folder)
+    (folder / "dev-clean").rename(tmp_path / "gone")
+    seconds = make_corpus(folder, SPLITS, seed=3)
+    assert contents(folder) == expected
+    total = sum(soundfile.info(path).duration for path in utterances(folder))
+    assert sum(seconds.values()) == pytest.approx(total)
+    # Complete: nothing may be spoken again.
+    monkeypatch.setattr(mini_librispeech, "ProcessPoolExecutor", None)
+    assert make_corpus(folder, SPLITS, seed=3) == seconds
+    assert contents(folder) == expected
+
+
+def test_other_settings_or_a_foreign_folder_are_refused(corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"other settings: seed 3 \(asked for: 4\)"):
+        make_corpus(corpus, SPLITS, seed=4)
+    (tmp_path / "precious.txt").touch()
+    with pytest.raises(ValueError, match="is not empty and was not written by this script"):
+        make_corpus(tmp_path, SPLITS)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_missing_engine_names_the_extra(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mini_librispeech.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r'pip install "sb_fast_sligru\[corpus\]"'):
+        mini_librispeech.main([str(tmp_path / "corpus")])
+    assert not (tmp_path / "corpus").exists()
+
+
+@pytest.mark.parametrize("hours", [0, -1, 1e6, float("nan")])
+def test_bad_hours(hours):
+    with pytest.raises(ValueError, match="hours must be above 0"):
+        mini_librispeech.splits_for_hours(hours)
+
+
+def test_bad_sizes(tmp_path):
+    with pytest.raises(ValueError, match=r"splits\['dev-clean'\]: sizes must be positive"):
+        make_corpus(tmp_path / "corpus", {"dev-clean": (0, 3)})
+    with pytest.raises(ValueError, match="grammar is too small for 3 different sentences"):
+        draw_sentences(3, rng=None, grammar=(("a", "b"), ("c",)))
+
+
+# The manifests
+
+
+def test_manifests_agree_with_the_corpus(corpus, tmp_path):
+    prepare_librispeech(corpus, tmp_path, ["train-clean-100"], ["dev-clean"], ["test-clean"])
+    words = dict(
+        line.split(" ", 1)
+        for path in corpus.rglob("*.trans.txt")
+        for line in path.read_text().splitlines()
+    )
+    for split, (speakers, each) in SPLITS.items():
+        data = DynamicItemDataset.from_csv(tmp_path / f"{split}.csv").data
+        assert list(data) == [path.stem for path in utterances(corpus / split)]
+        assert len(data) == speakers * each
+        for identifier, row in data.items():
+            assert row["wrd"] == words[identifier]
+            assert identifier.startswith(row["spk_id"] + "-")
+            assert len(read_audio(row["wav"])) == pytest.approx(row["duration"] * 16000)
+    with (tmp_path / "dev-clean.csv").open(newline="") as file:
+        assert next(csv.reader(file)) == ["ID", "duration", "wav", "spk_id", "wrd"]
+
+
+def test_train_splits_are_merged(small, tmp_path):
+    shutil.copytree(small / "train-clean-100", small / "train-other-500")
+    for path in [*small.glob("train-other-500/**/*.*")]:  # other utterance IDs
+        renamed = path.with_name("9" + path.name)
+        path.rename(renamed)
+        if renamed.name.endswith(".trans.txt"):
+            renamed.write_text(re.sub("^", "9", renamed.read_text().strip(), flags=re.M))
+    prepare_librispeech(small, tmp_path, ["train-clean-100", "train-other-500"])
+    merged = DynamicItemDataset.from_csv(tmp_path / "train.csv")
+    assert len(merged) == 2 * 21
+    assert sum("train-other-500" in row["wav"] for row in merged.data.values()) == 21
+
+
+def test_finished_splits_are_kept_until_something_changes(small, tmp_path, monkeypatch):
+    prepare_librispeech(small, tmp_path, ["train-clean-100"])
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "parallel_map", None)  # nothing may be checked again
+        prepare_librispeech(small, tmp_path, ["train-clean-100"])
+        with pytest.raises(TypeError):
+            prepare_librispeech(small, tmp_path, ["train-clean-100"], skip_bad_files=True)
+    transcript = min(small.rglob("*.trans.txt"))
+    transcript.write_text(transcript.read_text().replace(" THE ", " SOME "))
+    prepare_librispeech(small, tmp_path, ["train-clean-100"])
+    assert " SOME " in (tmp_path / "train.csv").read_text()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def drop_words(path):
+    transcript = next(path.parent.glob("*.trans.txt"))
+    lines = transcript.read_text().splitlines()
+    transcript.write_text("\n".join(line for line in lines if not line.startswith(path.stem)))
+
+
+def empty_words(path):
+    transcript = next(path.parent.glob("*.trans.txt"))
+    transcript.write_text(re.sub(rf"{path.stem} .*", path.stem, transcript.read_text()))
+
+
+DAMAGE = {
+    "truncated": (cut, "truncated: its header promises"),
+    "end cut off": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
+    "empty file": (lambda path: path.write_bytes(b""), "unreadable, 0 bytes"),
+    "no samples": (
+        lambda path: soundfile.write(path, np.zeros(0, np.int16), 16000),
+        "unreadable",
+    ),
+    "not audio": (lambda path: path.write_text("Not audio at all. " * 99), "unreadable"),
+    "wrong rate": (
+        lambda path: soundfile.write(path, np.zeros(800, np.int16), 8000),
+        "8000 Hz, expected 16000 Hz",
+    ),
+    "stereo": (
+        lambda path: soundfile.write(path, np.zeros((800, 2), np.int16), 16000),
+        "2 channels, expected 1",
+    ),
+    "missing audio": (lambda path: path.unlink(), "there is no such file"),
+    "missing words": (drop_words, "no words for it"),
+    "empty words": (empty_words, "no words for it"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_bad_files_are_named_or_skipped_and_counted(small, tmp_path, caplog, damage):
+    change, reason = DAMAGE[damage]
+    bad = utterances(small)[4]
+    change(bad)
+    with pytest.raises(ValueError) as caught:
+        prepare_librispeech(small, tmp_path, ["train-clean-100"])
+    message = str(caught.value)
+    assert message.startswith(f"train-clean-100: {bad}: ") and reason in message
+    assert "\n" not in message
+    assert not (tmp_path / "train-clean-100.csv").exists()
+
+    with caplog.at_level("WARNING", logger="prepare"):
+        prepare_librispeech(small, tmp_path, ["train-clean-100"], skip_bad_files=True)
+    assert "train-clean-100: 1 bad files left out" in caplog.text
+    data = DynamicItemDataset.from_csv(tmp_path / "train.csv").data
+    assert len(data) == 20 and bad.stem not in data
+    record = json.loads((tmp_path / "prepare.json").read_text())["train-clean-100"]
+    assert record["utterances"] == 20
+    assert list(record["left_out"]) == [str(bad)] and reason in record["left_out"][str(bad)]
+
+
+def test_several_bad_files_are_counted(small, tmp_path):
+    for path in utterances(small)[:3]:
+        cut(path)
+    with pytest.raises(ValueError, match=r"\(and 2 more bad files\)"):
+        prepare_librispeech(small, tmp_path, ["train-clean-100"])
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("999-1-0000 ANOTHER CHAPTER", "expected an utterance ID of this chapter"),
+        ("HELLO", "expected an utterance ID of this chapter"),
+        ("twice", "occurs twice"),
+    ],
+)
+def test_malformed_transcript_is_named(small, tmp_path, line, reason):
+    transcript = min(small.rglob("*.trans.txt"))
+    text = transcript.read_text()
+    transcript.write_text(text + (text.splitlines()[0] if line == "twice" else line) + "\n")
+    with pytest.raises(ValueError, match=f"trans.txt, line 21: .*{reason}"):
+        prepare_librispeech(small, tmp_path, ["train-clean-100"])
+
+
+def test_wrong_folders_and_splits(small, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data_folder .*nowhere does not exist"):
+        prepare_librispeech(tmp_path / "nowhere", tmp_path, ["train-clean-100"])
+    with pytest.raises(FileNotFoundError, match="no folder 'dev-other'.*holds: train-clean-100"):
+        prepare_librispeech(small, tmp_path, ["train-clean-100"], ["dev-other"])
+    with pytest.raises(FileNotFoundError, match="it holds: none"):
+        prepare_librispeech(small / "train-clean-100", tmp_path, ["train-clean-100"])
+    with pytest.raises(ValueError, match="unknown split 'train-clean'"):
+        prepare_librispeech(small, tmp_path, ["train-clean"])
+    with pytest.raises(ValueError, match="given more than once"):
+        prepare_librispeech(small, tmp_path, ["train-clean-100"], ["train-clean-100"])
+    with pytest.raises(ValueError, match="train_splits is empty"):
+        prepare_librispeech(small, tmp_path, [])
+    (small / "dev-clean").mkdir()
+    with pytest.raises(ValueError, match="dev-clean: no usable utterance in"):
+        prepare_librispeech(small, tmp_path, ["train-clean-100"], ["dev-clean"])
+
+
+def test_command_line_ends_in_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="^prepare: data_folder .* does not exist$"):
+        prepare.main([str(tmp_path / "nowhere"), str(tmp_path), "--train", "train-clean-100"])
