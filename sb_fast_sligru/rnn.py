@@ -1,0 +1,287 @@
+"""SpeechBrain's SLi-GRU and Li-GRU with the time loop replaced by one compiled operator.
+
+The classes are SpeechBrain's, subclassed: constructor, parameters, initialisation, hidden-state
+layouts and ``state_dict`` are inherited. Replaced is what a layer computes between its input and
+its output:
+
+===================  =======================================  ===================================
+step                 SpeechBrain                              here
+===================  =======================================  ===================================
+bidirectional input  the batch concatenated with its          the batch; the operator reads W x
+                     time-flipped copy, W x on both           forwards and backwards in time
+time loop            a Python loop of about ten operators     ``ops.light_gru``
+dropout mask         rows of a table of 16000 masks, drawn    drawn at each call
+                     again when the batch size changes
+===================  =======================================  ===================================
+
+Two habits that SpeechBrain's documentation does not tell are kept, since trained weights depend
+on them: a feed-forward normalisation other than "batchnorm" and "layernorm" is a LayerNorm, not
+none, and an unknown ``nonlinearity`` is a ReLU.
+
+Sources: Ravanelli et al. 2018, arXiv 1803.10225 (Li-GRU); Moumen and Parcollet 2023,
+arXiv 2302.10144 (SLi-GRU).
+"""
+
+import torch
+from speechbrain.nnet import RNN as stock
+from torch import distributed, nn
+
+from . import ops
+
+__all__ = ["LiGRU", "LiGRU_Layer", "SLiGRU", "SLiGRU_Layer"]
+
+
+class _LightGRULayer:
+    """The forward pass of both kinds of layer, mixed into SpeechBrain's layer classes.
+
+    Its methods stay within what torch.jit.script compiles, for SpeechBrain's `jit` options; the
+    functions marked ignore are called as Python from there.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # The operator takes a name where SpeechBrain's loop calls `act`.
+        names = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.LeakyReLU: "leaky_relu"}
+        self.activation = names.get(type(self.act), "sin")
+
+    def forward(self, x: torch.Tensor, hx: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the layer over whole sequences.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Input, [B, T, F].
+        hx : torch.Tensor
+            Initial hidden state, [R, H], [1, H] or [H], where R is B, or 2B if bidirectional, the
+            rows of the forward direction first. The buffer ``h_init`` (zeros) if not given.
+
+        Returns
+        -------
+        h : torch.Tensor
+            Hidden states, [B, T, H], or [B, T, 2H] if bidirectional: those of the forward
+            direction, then those of the backward one, both in the input's order of time.
+
+        Raises
+        ------
+        ValueError
+            If the shape of `x` or `hx` is not one of those above.
+        """
+        rows = _check_shapes(x, hx, self.input_size, self.hidden_size, self.bidirectional)
+        h0 = self.h_init if hx is None else hx.reshape(-1, self.hidden_size)
+        return self._recurrence(self._normalise(self.w(x)), h0, self._sample_drop_mask(rows))
+
+    def _normalise(self, wx: torch.Tensor) -> torch.Tensor:
+        """Apply the feed-forward norm to `wx` [B, T, 2H], with SpeechBrain's running statistics.
+
+        SpeechBrain's bidirectional layer sees each of the n = BT rows twice. That leaves mean and
+        variance as they are, but the unbiased variance that BatchNorm tracks is then
+        var 2n / (2n - 1), where the rows seen once give var n / (n - 1).
+        """
+        rows = wx.flatten(0, 1)
+        if not hasattr(self.norm, "running_var"):  # LayerNorm
+            return self.norm(rows).view_as(wx)
+        elif not (self.bidirectional and self.norm.training):
+            return self.norm(rows).view_as(wx)
+        else:
+            n = rows.shape[0]
+            if not torch.jit.is_scripting():
+                n = _count_over_processes(self.norm, rows)
+            if n < 2:  # BatchNorm refuses one row, not the same row twice
+                return self.norm(rows.repeat(2, 1))[: rows.shape[0]].view_as(wx)
+            before = self.norm.running_var.clone()
+            out = self.norm(rows).view_as(wx)
+            # running_var is now (1 - momentum) before + momentum var n / (n - 1). Autograd has
+            # saved it for the gradient of evaluation mode; `data` keeps that from being an error.
+            share = 2 * (n - 1) / (2 * n - 1)
+            kept = (1 - share) * (1 - self.norm.momentum)
+            self.norm.running_var.data.mul_(share).add_(before * kept)
+            return out
+
+    def _sample_drop_mask(self, rows: int) -> torch.Tensor | None:
+        """Draw a recurrent dropout mask [rows, H]: one per sequence, the same at all steps.
+
+        SpeechBrain's method of this name takes rows from the table that `_init_drop` has drawn.
+        """
+        if not self.training or self.dropout == 0:
+            return None
+        weight = self.u.weight
+        ones = torch.ones(rows, self.hidden_size, dtype=weight.dtype, device=weight.device)
+        return self.drop(ones)
+
+
+class SLiGRU_Layer(_LightGRULayer, stock.SLiGRU_Layer):
+    """One SLi-GRU layer; arguments as in :class:`speechbrain.nnet.RNN.SLiGRU_Layer`."""
+
+    def _init_drop(self):
+        """Delete the table of masks once drawn: it is not used, and not part of ``state_dict``.
+
+        Drawing it keeps the initial weights that a seed gives equal to SpeechBrain's.
+        """
+        super()._init_drop()
+        del self.drop_masks
+
+    def _recurrence(
+        self, wx: torch.Tensor, h0: torch.Tensor, drop_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return _light_gru(
+            wx,
+            self.u.weight,
+            h0,
+            drop_mask,
+            self.layer_norm.weight,
+            self.layer_norm.bias,
+            True,
+            self.layer_norm.eps,
+            self.activation,
+            self.bidirectional,
+        )
+
+
+class LiGRU_Layer(_LightGRULayer, stock.LiGRU_Layer):
+    """One Li-GRU layer; arguments as in :class:`speechbrain.nnet.RNN.LiGRU_Layer`.
+
+    The table ``drop_masks`` is kept, unused: it is part of SpeechBrain's ``state_dict``.
+    """
+
+    def _recurrence(
+        self, wx: torch.Tensor, h0: torch.Tensor, drop_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return _light_gru(
+            wx,
+            self.u.weight,
+            h0,
+            drop_mask,
+            None,
+            None,
+            False,
+            1e-5,
+            self.activation,
+            self.bidirectional,
+        )
+
+
+class SLiGRU(stock.SLiGRU):
+    """Stabilised light GRU, a replacement of :class:`speechbrain.nnet.RNN.SLiGRU`.
+
+    Arguments, defaults, inputs and outputs are SpeechBrain's.
+
+    Example
+    -------
+    >>> inputs = torch.rand([4, 10, 20])
+    >>> net = SLiGRU(hidden_size=5, input_shape=inputs.shape)
+    >>> output, hidden = net(inputs)
+    >>> output.shape, hidden.shape
+    (torch.Size([4, 10, 5]), torch.Size([1, 4, 5]))
+    """
+
+    def _init_layers(self):
+        return nn.ModuleList(
+            SLiGRU_Layer(
+                width,
+                self.hidden_size,
+                self.num_layers,
+                self.batch_size,
+                dropout=self.dropout,
+                nonlinearity=self.nonlinearity,
+                ff_normalization=self.ff_normalization,
+                recurrent_elementwise_affine=self.recurrent_elementwise_affine,
+                bias=self.bias,
+                bidirectional=self.bidirectional,
+            )
+            for width in _input_widths(self)
+        )
+
+
+class LiGRU(stock.LiGRU):
+    """Light GRU, a replacement of :class:`speechbrain.nnet.RNN.LiGRU`.
+
+    Arguments, defaults, inputs and outputs are SpeechBrain's.
+
+    Example
+    -------
+    >>> inputs = torch.rand([4, 10, 20])
+    >>> net = LiGRU(hidden_size=5, input_shape=inputs.shape, bidirectional=True)
+    >>> output, hidden = net(inputs)
+    >>> output.shape, hidden.shape
+    (torch.Size([4, 10, 10]), torch.Size([2, 4, 5]))
+    """
+
+    def _init_layers(self):
+        return nn.ModuleList(
+            LiGRU_Layer(
+                width,
+                self.hidden_size,
+                self.num_layers,
+                self.batch_size,
+                dropout=self.dropout,
+                nonlinearity=self.nonlinearity,
+                normalization=self.normalization,
+                bias=self.bias,
+                bidirectional=self.bidirectional,
+            )
+            for width in _input_widths(self)
+        )
+
+
+@torch.jit.ignore
+def _check_shapes(
+    x: torch.Tensor, hx: torch.Tensor | None, features: int, hidden: int, bidirectional: bool
+) -> int:
+    """Return the number of recurrent rows R, or raise ValueError."""
+    if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != features:
+        raise ValueError(
+            f"x must be [batch, time, {features}] with at least one time step, "
+            f"but its shape is {list(x.shape)}"
+        )
+    rows = x.shape[0] * (2 if bidirectional else 1)
+    if hx is not None and list(hx.shape) not in ([rows, hidden], [1, hidden], [hidden]):
+        raise ValueError(
+            f"hx must be [{rows}, {hidden}] for each layer, or [1, {hidden}] or [{hidden}] for all "
+            f"rows to share, but its shape is {list(hx.shape)}"
+        )
+    return rows
+
+
+@torch.jit.ignore
+def _light_gru(
+    wx: torch.Tensor,
+    u: torch.Tensor,
+    h0: torch.Tensor,
+    drop_mask: torch.Tensor | None,
+    ln_weight: torch.Tensor | None,
+    ln_bias: torch.Tensor | None,
+    layer_norm: bool,
+    eps: float,
+    activation: str,
+    bidirectional: bool,
+) -> torch.Tensor:
+    """Call the operator. From torch.jit.script this works with types and without keywords only."""
+    return ops.light_gru(
+        wx,
+        u,
+        h0,
+        drop_mask,
+        ln_weight,
+        ln_bias,
+        layer_norm=layer_norm,
+        activation=activation,
+        bidirectional=bidirectional,
+        eps=eps,
+    )
+
+
+def _count_over_processes(norm, rows):
+    """Count the rows that `norm` takes its statistics of; SyncBatchNorm sees all processes'."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and distributed.is_available()):
+        return rows.shape[0]
+    if not distributed.is_initialized() or distributed.get_world_size(norm.process_group) == 1:
+        return rows.shape[0]
+    count = torch.tensor(rows.shape[0], device=rows.device)
+    distributed.all_reduce(count, group=norm.process_group)
+    return int(count)
+
+
+def _input_widths(rnn):
+    """List the number of input features of each layer of `rnn`."""
+    output_width = rnn.hidden_size * (2 if rnn.bidirectional else 1)
+    return [rnn.fea_dim] + [output_width] * (rnn.num_layers - 1)
