@@ -1,0 +1,51 @@
+"""Loads the compiled libraries once and remembers, in words, why one is missing."""
+
+import json
+import os
+
+import torch
+
+_HERE = os.path.dirname(__file__)
+BUILD_COMMAND = "pip install --no-build-isolation ."
+
+
+def _read_build_info():
+    """What setup.py wrote beside the libraries: torch, CUDA version and architectures built for."""
+    try:
+        with open(os.path.join(_HERE, "_build_info.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+
+
+def _load(name):
+    """Load one library; return None on success, else the reason why not."""
+    path = os.path.join(_HERE, f"{name}.abi3.so")
+    if not os.path.exists(path):
+        return f"{name} is not built (run: {BUILD_COMMAND})"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{name} does not load: {error}"
+    return None
+
+
+def _load_cuda():
+    if cpu_error is not None:
+        return cpu_error
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    built = build_info.get("cuda")
+    if built is None:
+        return f"built without CUDA: nvcc was not found, or NO_CUDA=1 (run: {BUILD_COMMAND})"
+    if built.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return (
+            f"built for CUDA {built}, but this torch for CUDA {torch.version.cuda}: the major "
+            f"versions must agree (run: {BUILD_COMMAND})"
+        )
+    return _load("_C_cuda")
+
+
+build_info = _read_build_info()
+cpu_error = _load("_C")
+cuda_error = _load_cuda()

@@ -1,0 +1,352 @@
+"""The light-GRU recurrence as one differentiable function, `light_gru`, and its choice of backend.
+
+`light_gru` checks its arguments, settles the dtypes and calls the operator of the same name
+(`torch.ops.sb_fast_sligru.light_gru`, schema in cuda_ops/library.cpp) or, for the backend
+"reference", the plain PyTorch loop. Below it: fake kernels for torch.compile, then autograd.
+"""
+
+import contextlib
+import warnings
+
+import torch
+
+from . import _library, reference
+
+BACKENDS = ("auto", "reference", "cpu", "stepwise")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_forced_backend = "auto"
+
+
+# ---- backend choice
+
+
+@contextlib.contextmanager
+def backend(name):
+    """Force every `light_gru` call inside the `with` block onto one backend.
+
+    Arguments
+    ---------
+    name : str
+        "reference" (PyTorch loop: any device, differentiable twice), "cpu" (compiled, CPU tensors),
+        "stepwise" (CUDA: the time loop in C++) or "auto". The setting is process-wide.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name. A known backend that cannot serve a call raises in that call.
+
+    Example
+    -------
+    >>> with backend("reference"):
+    ...     h = light_gru(torch.rand(2, 5, 8), torch.rand(8, 4), layer_norm=True)
+    >>> h.shape
+    torch.Size([2, 5, 4])
+    """
+    global _forced_backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    previous, _forced_backend = _forced_backend, name
+    try:
+        yield
+    finally:
+        _forced_backend = previous
+
+
+def choose_backend(device):
+    """The backend that serves a call on `device` now, and why.
+
+    Arguments
+    ---------
+    device : torch.device or str
+
+    Returns
+    -------
+    name : str
+        "reference", "cpu" or "stepwise".
+    reason : str
+        One clause, for people.
+
+    Raises
+    ------
+    RuntimeError
+        If a backend is forced that cannot serve this device.
+    """
+    kind = torch.device(device).type
+    native, error = {
+        "cpu": ("cpu", _library.cpu_error),
+        "cuda": ("stepwise", _library.cuda_error),
+    }.get(kind, (None, f"there are no kernels for device type {kind}"))
+    if _forced_backend == "reference":
+        return "reference", "forced"
+    if _forced_backend == "auto":
+        return (native, f"kernels for {kind}") if error is None else ("reference", error)
+    if error is None and native != _forced_backend:
+        error = f'it does not serve {kind} tensors ("{native}" does)'
+    if error is not None:
+        raise RuntimeError(f'backend("{_forced_backend}") is forced, but {error}')
+    return native, "forced"
+
+
+_warned = set()
+
+
+def _warn_once(reason):
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"sb_fast_sligru runs its slow PyTorch loop (same results): {reason}",
+            stacklevel=4,
+        )
+
+
+# ---- the function
+
+
+def light_gru(
+    wx,
+    u,
+    h0=None,
+    drop_mask=None,
+    ln_weight=None,
+    ln_bias=None,
+    *,
+    layer_norm,
+    activation="relu",
+    bidirectional=False,
+    eps=1e-5,
+):
+    """Hidden states of a light GRU over a whole sequence.
+
+    Per step, with r_t = U h_{t-1} and y_t = LayerNorm(r_t) (SLi-GRU, Moumen and Parcollet 2023) or
+    y_t = r_t (Li-GRU, Ravanelli et al. 2018):
+
+        a, s = halves of wx_t + y_t;  z = sigmoid(s);  c = act(a) * drop_mask
+        h_t = z h_{t-1} + (1 - z) c
+
+    Arguments
+    ---------
+    wx : torch.Tensor
+        [B, T, 2H], the projected and normalised input: H candidate values, then H update-gate
+        values. float64, float32, bfloat16 or float16; any strides. Both directions read it.
+    u : torch.Tensor
+        [2H, H], recurrent weight, candidate rows first. Of wx's dtype, except under autocast.
+    h0 : torch.Tensor, optional
+        [R, H] or [1, H], initial hidden state, zeros if absent. R is B, or 2B if bidirectional with
+        the forward direction's rows first.
+    drop_mask : torch.Tensor, optional
+        [R, H] or [1, H], recurrent dropout mask, the same at every step. Gets no gradient.
+    ln_weight, ln_bias : torch.Tensor, optional
+        [2H], affine part of the recurrent LayerNorm.
+    layer_norm : bool
+        Normalise U h_{t-1} over its 2H values (SLi-GRU) or not (Li-GRU).
+    activation : str
+        "relu", "tanh", "sin" or "leaky_relu" (slope 0.01).
+    bidirectional : bool
+        Also run backwards in time, with the same weights.
+    eps : float
+        Of the LayerNorm.
+
+    Returns
+    -------
+    h : torch.Tensor
+        [B, T, H], or [B, T, 2H] if bidirectional (forward half, then backward half, both in true
+        time order), of u's dtype. Under `torch.autocast` u stays float32 and only the operands of
+        the matrix products are 16-bit, so h is float32, as SpeechBrain's layers return it.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, what was given and what is allowed.
+    RuntimeError
+        If a forced backend cannot serve the call, or at a second derivative of a compiled backend.
+
+    Example
+    -------
+    >>> h = light_gru(torch.rand(2, 5, 8), torch.rand(8, 4), layer_norm=True, bidirectional=True)
+    >>> h.shape
+    torch.Size([2, 5, 8])
+    """
+    operand_dtype = _check(
+        wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, activation, bidirectional
+    )
+    name, reason = choose_backend(wx.device)
+    if name == "reference":
+        if reason != "forced" and not torch.compiler.is_compiling():
+            _warn_once(reason)
+        return reference.light_gru(
+            wx,
+            u,
+            h0,
+            drop_mask,
+            ln_weight,
+            ln_bias,
+            layer_norm=layer_norm,
+            activation=activation,
+            bidirectional=bidirectional,
+            eps=eps,
+        )
+    acc_dtype = _accumulation_dtype(u.dtype)
+    rows = wx.shape[0] * (2 if bidirectional else 1)
+
+    def per_row(t):
+        return None if t is None else t.to(acc_dtype).expand(rows, u.shape[1])
+
+    def widened(t):
+        return None if t is None else t.to(acc_dtype)
+
+    h, _ = torch.ops.sb_fast_sligru.light_gru(
+        wx,
+        u,
+        per_row(h0),
+        per_row(drop_mask),
+        widened(ln_weight),
+        widened(ln_bias),
+        layer_norm,
+        eps,
+        activation,
+        bidirectional,
+        operand_dtype,
+        name,
+    )
+    return h
+
+
+def _accumulation_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check(wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, activation, bidirectional):
+    """Raise ValueError for a bad argument; return the dtype of the matrix products' operands."""
+    named = {
+        "wx": wx,
+        "u": u,
+        "h0": h0,
+        "drop_mask": drop_mask,
+        "ln_weight": ln_weight,
+        "ln_bias": ln_bias,
+    }
+    for name, t in named.items():
+        if t is None and name not in ("wx", "u"):
+            continue
+        if not isinstance(t, torch.Tensor):
+            raise ValueError(f"{name}: got {type(t).__name__}, expected a torch.Tensor")
+        if not t.is_floating_point() or t.dtype not in DTYPES:
+            raise ValueError(
+                f"{name}: got {t.dtype}, expected float64, float32, bfloat16 or float16"
+            )
+        if t.device != wx.device:
+            raise ValueError(f"{name}: got device {t.device}, expected {wx.device}, that of wx")
+    if u.ndim != 2 or u.shape[0] != 2 * u.shape[1] or u.shape[1] == 0:
+        raise ValueError(f"u: got shape {tuple(u.shape)}, expected [2H, H]")
+    hidden = u.shape[1]
+    if wx.ndim != 3 or wx.shape[2] != 2 * hidden:
+        raise ValueError(
+            f"wx: got shape {tuple(wx.shape)}, expected [B, T, 2H] with 2H = {2 * hidden} as in u"
+        )
+    rows = wx.shape[0] * (2 if bidirectional else 1)
+    for name in ("h0", "drop_mask"):
+        t = named[name]
+        if t is not None and (t.ndim != 2 or t.shape[0] not in (1, rows) or t.shape[1] != hidden):
+            raise ValueError(
+                f"{name}: got shape {tuple(t.shape)}, expected [{rows}, {hidden}] "
+                f"({'2B' if bidirectional else 'B'} rows) or [1, {hidden}]"
+            )
+    for name in ("ln_weight", "ln_bias"):
+        t = named[name]
+        if t is not None and not layer_norm:
+            raise ValueError(f"{name}: given, but layer_norm is False")
+        if t is not None and t.shape != (2 * hidden,):
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected [{2 * hidden}]")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(
+            f"activation: got {activation!r}, expected one of {', '.join(reference.ACTIVATIONS)}"
+        )
+    if drop_mask is not None and drop_mask.requires_grad:
+        raise ValueError("drop_mask: requires a gradient, and none is computed for it")
+
+    kind = wx.device.type
+    operand_dtype = u.dtype
+    if u.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        operand_dtype = torch.get_autocast_dtype(kind)
+    allowed = {operand_dtype, u.dtype}
+    if wx.dtype not in allowed:
+        raise ValueError(
+            f"wx: got {wx.dtype} beside u of {u.dtype}"
+            f"{' under autocast to ' + str(operand_dtype) if operand_dtype != u.dtype else ''}, "
+            f"expected {' or '.join(sorted(map(str, allowed)))}"
+        )
+    return operand_dtype
+
+
+# ---- fake kernels (torch.compile) and autograd
+
+
+def _light_gru_fake(
+    wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, eps, activation, bidirectional, *_
+):
+    directions = 2 if bidirectional else 1
+    batch, time = wx.shape[:2]
+    h = wx.new_empty(batch, time, directions * u.shape[1], dtype=u.dtype)
+    rows = directions * batch if layer_norm else 0
+    return h, wx.new_empty(rows, time, dtype=_accumulation_dtype(u.dtype))
+
+
+def _light_gru_backward_fake(grad_h, wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, *rest):
+    bidirectional = rest[2]
+    need_wx, need_u, need_h0, need_ln = rest[-4:]
+    acc_dtype = _accumulation_dtype(u.dtype)
+    rows = wx.shape[0] * (2 if bidirectional else 1)
+    hidden = u.shape[1]
+
+    def empty(wanted, shape, dtype):
+        return wx.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    return (
+        empty(need_wx, wx.shape, wx.dtype),
+        empty(need_u, u.shape, u.dtype),
+        empty(need_h0, (rows, hidden), acc_dtype),
+        empty(need_ln and layer_norm, (2 * hidden,), acc_dtype),
+        empty(need_ln and layer_norm, (2 * hidden,), acc_dtype),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, ctx.options = inputs[:6], inputs[6:]
+    h, rho = output
+    ctx.save_for_backward(*tensors, h, rho)
+    ctx.mark_non_differentiable(rho)
+    ctx.set_materialize_grads(False)
+
+
+def _light_gru_backward(ctx, grad_h, _):
+    if grad_h is None:
+        return (None,) * 12
+    *tensors, h, rho = ctx.saved_tensors
+    wx, u, h0, _, ln_weight, ln_bias = ctx.needs_input_grad[:6]
+    grads = torch.ops.sb_fast_sligru.light_gru_backward(
+        grad_h, *tensors, *ctx.options, h, rho, wx, u, h0, ln_weight or ln_bias
+    )
+    grad_wx, grad_u, grad_h0, grad_ln_weight, grad_ln_bias = (
+        g if wanted else None
+        for g, wanted in zip(grads, (wx, u, h0, ln_weight, ln_bias), strict=True)
+    )
+    return (grad_wx, grad_u, grad_h0, None, grad_ln_weight, grad_ln_bias, *(None,) * 6)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "sb_fast_sligru's compiled kernels are differentiable once. For second derivatives run the "
+        'forward under sb_fast_sligru.backend("reference").'
+    )
+
+
+if _library.cpu_error is None:
+    # Shapes and dtypes without data: what torch.compile and torch.export trace through.
+    torch.library.register_fake("sb_fast_sligru::light_gru")(_light_gru_fake)
+    torch.library.register_fake("sb_fast_sligru::light_gru_backward")(_light_gru_backward_fake)
+    torch.library.register_autograd(
+        "sb_fast_sligru::light_gru", _light_gru_backward, setup_context=_setup_context
+    )
+    # Without this, a backward through the backward would silently return a wrong gradient.
+    torch.library.register_autograd("sb_fast_sligru::light_gru_backward", _no_second_derivative)

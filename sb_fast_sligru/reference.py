@@ -1,0 +1,71 @@
+"""The light-GRU recurrence as a plain PyTorch loop: the oracle for every compiled kernel.
+
+One step, with r_t = U h_{t-1} (Moumen and Parcollet 2023, arXiv 2302.10144; Ravanelli et al. 2018,
+arXiv 1803.10225; SpeechBrain's `SLiGRU_Layer` and `LiGRU_Layer`):
+
+    y_t   = LayerNorm(r_t)                    SLi-GRU      y_t = r_t   Li-GRU
+    a, s  = halves of wx_t + y_t              candidate first, update gate second
+    z     = sigmoid(s)
+    c     = act(a) * drop_mask
+    h_t   = z * h_{t-1} + (1 - z) * c
+"""
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sin": torch.sin,
+    "leaky_relu": F.leaky_relu,
+}
+
+
+def light_gru(
+    wx,
+    u,
+    h0=None,
+    drop_mask=None,
+    ln_weight=None,
+    ln_bias=None,
+    *,
+    layer_norm,
+    activation="relu",
+    bidirectional=False,
+    eps=1e-5,
+):
+    """Run the recurrence step by step, on any device and dtype, differentiable any number of times.
+
+    Arguments, result and layouts are those of `sb_fast_sligru.ops.light_gru`, which checks them.
+    """
+    act = ACTIVATIONS[activation]
+    hidden = u.shape[1]
+    if bidirectional:
+        wx = torch.cat([wx, wx.flip(1)])
+    rows, time = wx.shape[:2]
+    h = u.new_zeros(1, hidden) if h0 is None else h0
+    h = h.expand(rows, hidden)
+
+    outputs = []
+    # unbind, not wx[:, t]: each slice would back-propagate a zero tensor of the whole sequence.
+    for wx_t in wx.unbind(1):
+        y = F.linear(h, u)
+        if layer_norm:
+            y = F.layer_norm(y, (2 * hidden,), ln_weight, ln_bias, eps)
+        a, s = (wx_t + y).chunk(2, 1)
+        z = torch.sigmoid(s)
+        c = act(a)
+        if drop_mask is not None:
+            c = c * drop_mask
+        h = z * h + (1 - z) * c
+        outputs.append(h)
+
+    if time == 0 or rows == 0:
+        # Nothing to scan; the empty result still belongs to the graph of its inputs.
+        out = (wx[..., :hidden] + u.sum() * 0).to(u.dtype)
+    else:
+        out = torch.stack(outputs, 1)
+    if bidirectional:
+        forward, backward = out.chunk(2)
+        out = torch.cat([forward, backward.flip(1)], 2)
+    return out
