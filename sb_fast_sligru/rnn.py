@@ -92,9 +92,8 @@ class _LightGRULayer:
             out = self.norm(rows).view_as(wx)
             # running_var is now (1 - momentum) before + momentum var n / (n - 1). Autograd has
             # saved it for the gradient of evaluation mode; `data` keeps that from being an error.
-            share = 2 * (n - 1) / (2 * n - 1)
-            kept = (1 - share) * (1 - self.norm.momentum)
-            self.norm.running_var.data.mul_(share).add_(before * kept)
+            added = self.norm.running_var - (1 - self.norm.momentum) * before
+            self.norm.running_var.data.sub_(added / (2 * n - 1))
             return out
 
     def _sample_drop_mask(self, rows: int) -> torch.Tensor | None:

@@ -1,0 +1,539 @@
+"""The modules against SpeechBrain's own, under the same weights, masks and upstream gradients."""
+
+import copy
+import io
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.lobes.models.CRDNN import CRDNN
+from speechbrain.nnet import RNN as stock
+
+import sb_fast_sligru
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+CELLS = ["SLiGRU", "LiGRU"]
+BATCH, TIME, FEATURES, HIDDEN = 3, 7, 5, 6
+
+# Option of the constructor -> arguments. NORM stands for what the cell calls the argument.
+OPTIONS = {
+    "defaults": {},
+    "tanh": {"nonlinearity": "tanh"},
+    "sin": {"nonlinearity": "sin"},
+    "leaky_relu": {"nonlinearity": "leaky_relu"},
+    "unknown-nonlinearity": {"nonlinearity": "gelu"},
+    "layernorm": {"NORM": "layernorm"},
+    "third-norm": {"NORM": "none"},
+    "no-bias": {"bias": False},
+    "no-bias-layernorm": {"bias": False, "NORM": "layernorm"},
+    "affine": {"recurrent_elementwise_affine": True},
+    "dropout": {"dropout": 0.3},
+    "dropout-one": {"dropout": 1.0},
+    "no-re_init": {"re_init": False},
+    "three-layers": {"num_layers": 3},
+    "affine-dropout-tanh-two-layers": {
+        "recurrent_elementwise_affine": True,
+        "dropout": 0.5,
+        "nonlinearity": "tanh",
+        "num_layers": 2,
+    },
+}
+CASES = [
+    pytest.param(cell, option, id=f"{cell}-{option}")
+    for cell in CELLS
+    for option, arguments in OPTIONS.items()
+    if cell == "SLiGRU" or "recurrent_elementwise_affine" not in arguments
+]
+
+either_device = pytest.mark.parametrize("device", DEVICES)
+either_cell = pytest.mark.parametrize("cell", CELLS)
+either_direction = pytest.mark.parametrize("bidirectional", [False, True], ids=["uni", "bi"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On tensors this small threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32_products():
+    """Importing SpeechBrain turns TF32 on, which would hide errors of float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def arguments_of(cell, option):
+    name = "ff_normalization" if cell == "SLiGRU" else "normalization"
+    return {name if key == "NORM" else key: value for key, value in OPTIONS[option].items()}
+
+
+def build_pair(cell, device="cpu", dtype=torch.float64, seed=0, shape=None, **arguments):
+    """Build SpeechBrain's network and ours with equal weights, none of them left at a default.
+
+    A fresh network hides errors: its BatchNorm statistics are 0 and 1, its affine maps identities.
+    """
+    torch.manual_seed(seed)
+    arguments = {"hidden_size": HIDDEN, "input_shape": shape or (BATCH, TIME, FEATURES)} | arguments
+    theirs = getattr(stock, cell)(**arguments)
+    with torch.no_grad():
+        for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]:
+            if "norm" in name and tensor.requires_grad or name.endswith("running_mean"):
+                tensor.copy_(torch.randn_like(tensor) * 0.5 + name.endswith("weight"))
+            elif name.endswith("running_var"):
+                tensor.uniform_(0.3, 3.0)
+    ours = getattr(sb_fast_sligru, cell)(**arguments)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs.to(device, dtype), ours.to(device, dtype)
+
+
+def share_masks(theirs, ours, rows, seed=7):
+    """Make each layer of both networks use the same dropout mask [rows, H], a fresh one a layer."""
+    generator = torch.Generator().manual_seed(seed)
+    for their_layer, our_layer in zip(theirs.rnn, ours.rnn, strict=True):
+        p = our_layer.dropout
+        mask = torch.bernoulli(torch.full((rows, HIDDEN), 1 - p), generator=generator)
+        mask = (mask / (1 - p) if p < 1 else mask).to(their_layer.u.weight)
+        # SpeechBrain reads rows from its table, if the batch has the size that it knows.
+        their_layer.drop_masks, their_layer.drop_mask_cnt = mask.repeat(10, 1), 0
+        their_layer.N_drop_masks, their_layer.batch_size = 10 * rows, rows
+        our_layer._sample_drop_mask = partial(sample_drop_mask, our_layer, mask)
+
+
+def sample_drop_mask(layer, mask, rows):
+    return mask[:rows] if layer.training else None
+
+
+def run(net, x, hx=None, seed=11):
+    """Run `net` forwards and backwards; return every tensor that training could see."""
+    net.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    hx = None if hx is None else hx.detach().clone().requires_grad_()
+    output, hh = net(x, hx=hx)
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(t.shape, generator=generator).to(t) for t in (output, hh)]
+    torch.autograd.backward([output, hh], upstream)
+    tensors = {"output": output, "hh": hh, "grad of x": x.grad}
+    if hx is not None:
+        tensors["grad of hx"] = hx.grad
+    for name, parameter in net.named_parameters():
+        if parameter.grad is not None:
+            tensors[f"grad of {name}"] = parameter.grad
+    for name, buffer in net.named_buffers():
+        if "norm" in name:
+            tensors[name] = buffer
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def relative_error(actual, expected):
+    actual, expected = actual.detach(), expected.detach()
+    difference = torch.linalg.vector_norm(actual.double() - expected.double())
+    return float(difference / torch.linalg.vector_norm(expected.double()).clamp_min(1e-30))
+
+
+def assert_same(actual, expected, tolerance=1e-11):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].shape == tensor.shape, name
+        assert actual[name].dtype == tensor.dtype, name
+        # Gradients that are zero in exact arithmetic (of a bias before a norm) are rounding alone.
+        scale = max(float(torch.linalg.vector_norm(tensor.double())), 1e-3)
+        error = float(torch.linalg.vector_norm(actual[name].double() - tensor.double())) / scale
+        assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def random_input(device="cpu", dtype=torch.float64, shape=(BATCH, TIME, FEATURES), seed=3):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+# Parity ---------------------------------------------------------------------------------------
+
+
+@either_device
+@either_direction
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("cell, option", CASES)
+def test_equals_speechbrain(cell, option, training, bidirectional, device):
+    theirs, ours = build_pair(
+        cell, device, bidirectional=bidirectional, **arguments_of(cell, option)
+    )
+    share_masks(theirs, ours, BATCH * (1 + bidirectional))
+    theirs.train(training)
+    ours.train(training)
+    x = random_input(device)
+    layers = len(ours.rnn)
+    hx = random_input(device, shape=(layers * (1 + bidirectional), BATCH, HIDDEN), seed=5)
+    assert_same(run(ours, x), run(theirs, x))
+    assert_same(run(ours, x, hx), run(theirs, x, hx))
+
+
+@either_device
+@either_direction
+@either_cell
+def test_equals_speechbrain_on_4d_input(cell, bidirectional, device):
+    shape = (BATCH, TIME, 2, 4)
+    theirs, ours = build_pair(cell, device, shape=shape, bidirectional=bidirectional)
+    x = random_input(device, shape=shape)
+    assert_same(run(ours, x), run(theirs, x))
+
+
+@either_direction
+@either_cell
+@pytest.mark.parametrize(
+    "batch, time",
+    [(1, 1), (1, 2), (1, 9), (5, 1), (2, 4)],
+    ids=["B1-T1", "B1-T2", "B1-T9", "B5-T1", "B2-T4"],
+)
+def test_other_sizes_than_those_of_construction(cell, bidirectional, batch, time):
+    theirs, ours = build_pair(cell, num_layers=2, bidirectional=bidirectional)
+    x = random_input(shape=(batch, time, FEATURES))
+    if batch * time == 1 and not bidirectional:  # BatchNorm refuses a single row
+        for net in (theirs, ours):
+            with pytest.raises(ValueError, match="more than 1 value per channel"):
+                net(x)
+        theirs.eval()
+        ours.eval()
+    assert_same(run(ours, x), run(theirs, x))
+
+
+@either_cell
+@pytest.mark.parametrize("shape", [(2, 1, HIDDEN), (2, HIDDEN)], ids=["L1H", "LH"])
+def test_initial_state_that_all_rows_share(cell, shape):
+    theirs, ours = build_pair(cell, num_layers=2)
+    x, hx = random_input(), random_input(shape=shape, seed=5)
+    assert_same(run(ours, x, hx), run(theirs, x, hx))
+
+
+@either_direction
+@either_cell
+def test_frozen_norm_and_frozen_parameter(cell, bidirectional):
+    theirs, ours = build_pair(cell, num_layers=2, bidirectional=bidirectional)
+    for net in (theirs, ours):
+        net.train()
+        net.rnn[0].norm.eval()
+        net.rnn[1].u.weight.requires_grad_(False)
+        net.rnn[0].w.weight.requires_grad_(False)
+    x = random_input()
+    actual = run(ours, x)
+    assert "grad of rnn.1.u.weight" not in actual
+    assert_same(actual, run(theirs, x))
+
+
+@either_device
+@either_direction
+@either_cell
+def test_training_steps(cell, bidirectional, device):
+    """Weights and BatchNorm statistics after steps with batches of changing size."""
+    theirs, ours = build_pair(cell, device, num_layers=2, bidirectional=bidirectional)
+    for net in (theirs, ours):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        for step in range(5):
+            x = random_input(device, shape=(1 + step, 2 + step, FEATURES), seed=step)
+            output, _ = net(x)
+            optimizer.zero_grad()
+            output.pow(2).mean().backward()
+            optimizer.step()
+    keep = [name for name in ours.state_dict() if "drop_mask" not in name]
+    assert_same(*({name: net.state_dict()[name] for name in keep} for net in (ours, theirs)), 1e-10)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_forwards_before_a_backward(cell):
+    """Updating running_var must not invalidate what an earlier forward pass saved."""
+    theirs, ours = build_pair(cell, bidirectional=True)
+    gradients = []
+    for net in (theirs, ours):
+        (net(random_input())[0].sum() * net(random_input(seed=4))[0].sum()).backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters()})
+    assert_same(gradients[1], gradients[0])
+
+
+# Precision -------------------------------------------------------------------------------------
+
+
+def squared_errors(cell, device, dtype, autocast, seed, **arguments):
+    """Yield name, squared relative error of SpeechBrain's tensor and of ours, against float64."""
+    shape = (3, 30, 16)
+    arguments |= {"hidden_size": 24, "shape": shape, "seed": seed}
+    exact, _ = build_pair(cell, device, **arguments)
+    x = random_input(device, shape=shape)
+    expected = run(exact, x)
+    parameters = torch.float32 if autocast else dtype
+    results = []
+    for net in build_pair(cell, device, parameters, **arguments):
+        with torch.autocast(device, dtype, enabled=autocast):
+            results.append(run(net, x.to(parameters)))
+    for name, tensor in expected.items():
+        assert results[1][name].dtype == results[0][name].dtype, name
+        yield name, *(relative_error(result[name], tensor) ** 2 for result in results)
+
+
+@either_device
+@either_direction
+@either_cell
+@pytest.mark.parametrize(
+    "dtype, autocast",
+    [
+        pytest.param(torch.float32, False, id="float32"),
+        pytest.param(torch.bfloat16, True, id="autocast-bfloat16"),
+        pytest.param(torch.bfloat16, False, id="bfloat16"),
+        pytest.param(torch.float16, False, id="float16"),
+    ],
+)
+def test_error_is_no_larger_than_speechbrains(cell, dtype, autocast, bidirectional, device):
+    """Root mean square over a few networks, each tensor; 1.2 is what so few samples scatter."""
+    arguments = {"num_layers": 2, "bidirectional": bidirectional, "nonlinearity": "tanh"}
+    sums = {}
+    for seed in range(4):
+        for name, theirs, ours in squared_errors(cell, device, dtype, autocast, seed, **arguments):
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0] += theirs
+            total[1] += ours
+    for name, total in sums.items():
+        theirs, ours = ((value / 4) ** 0.5 for value in total)
+        print(f"{name:30} SpeechBrain {theirs:.1e}  ours {ours:.1e}")
+        # Ours is rounded twice, by the norm and by the correction: sqrt(2) of one rounding's error.
+        allowed = 1.2 * 2**0.5 if name.endswith("running_var") else 1.2
+        assert ours <= allowed * theirs, f"{name}: {ours:.1e}, SpeechBrain's {theirs:.1e}"
+
+
+# State -----------------------------------------------------------------------------------------
+
+
+@either_direction
+@pytest.mark.parametrize("cell, option", CASES)
+def test_state_dict_is_interchangeable(cell, option, bidirectional):
+    arguments = arguments_of(cell, option) | {"bidirectional": bidirectional}
+    theirs, ours = build_pair(cell, **arguments)
+    state = theirs.state_dict()
+    assert list(ours.state_dict()) == list(state)
+    back = getattr(stock, cell)(
+        hidden_size=HIDDEN, input_shape=(BATCH, TIME, FEATURES), **arguments
+    )
+    back.load_state_dict(ours.state_dict(), strict=True)
+    for name, tensor in back.state_dict().items():
+        assert torch.equal(tensor, state[name].to(tensor)), name
+
+
+def test_state_dict_names_drop_masks_as_speechbrain_does():
+    masks = [
+        name
+        for cell in CELLS
+        for name in build_pair(cell)[1].state_dict()
+        if name.endswith("drop_masks")
+    ]
+    assert masks == ["rnn.0.drop_masks"]  # Li-GRU's
+    assert not hasattr(build_pair("SLiGRU")[1].rnn[0], "drop_masks")
+
+
+@either_direction
+@pytest.mark.parametrize("cell, option", CASES)
+def test_a_seed_gives_the_initial_weights_that_it_gives_speechbrain(cell, option, bidirectional):
+    arguments = {"hidden_size": HIDDEN, "input_shape": (BATCH, TIME, FEATURES)}
+    arguments |= {"bidirectional": bidirectional} | arguments_of(cell, option)
+    states = []
+    for module in (stock, sb_fast_sligru):
+        torch.manual_seed(5)
+        states.append(getattr(module, cell)(**arguments).state_dict())
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+def saved_and_loaded(net):
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@either_cell
+@pytest.mark.parametrize("nonlinearity", ["relu", "sin"])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies(cell, nonlinearity, duplicate):
+    _, ours = build_pair(cell, bidirectional=True, nonlinearity=nonlinearity)
+    x = random_input()
+    ours(x)  # a used network copies too
+    twin = duplicate(ours)
+    assert type(twin) is type(ours)
+    assert_same(run(twin, x), run(ours, x), 0)
+
+
+# Dropout ---------------------------------------------------------------------------------------
+
+
+@either_device
+@either_cell
+def test_dropout_masks_are_distributed_as_speechbrains(cell, device):
+    """Values, keep rate, and independence between rows, units and calls."""
+    p, hidden, rows = 0.3, 200, 500
+    arguments = {"hidden_size": hidden, "input_shape": (1, 1, 1), "dropout": p}
+    torch.manual_seed(0)
+    layer = getattr(sb_fast_sligru, cell)(**arguments).to(device).rnn[0]
+    table = getattr(stock, cell)(**arguments).rnn[0].drop_masks
+    first, second = layer._sample_drop_mask(rows), layer._sample_drop_mask(rows)
+    assert first.shape == (rows, hidden) and first.dtype == layer.u.weight.dtype
+    assert set(first.unique().tolist()) == set(table.unique().tolist())
+    kept = torch.stack([first, second]).gt(0).double().cpu()
+    # Five standard deviations of the mean of that many independent draws.
+    bound = 5 * (p * (1 - p)) ** 0.5
+    assert abs(kept.mean() - (1 - p)) < bound / kept.numel() ** 0.5
+    assert (kept.mean(1) - (1 - p)).abs().max() < bound / rows**0.5
+    assert (kept.mean(2) - (1 - p)).abs().max() < bound / hidden**0.5
+    agreement = (kept[0] == kept[1]).double().mean()
+    assert abs(agreement - (p**2 + (1 - p) ** 2)) < 5 * 0.5 / kept[0].numel() ** 0.5
+    layer.eval()
+    assert layer._sample_drop_mask(rows) is None
+
+
+@either_device
+@either_cell
+def test_dropout_is_reproducible(cell, device):
+    _, ours = build_pair(cell, device, dropout=0.5, num_layers=2, bidirectional=True)
+    x = random_input(device)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(ours(x)[0])
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+# In use ----------------------------------------------------------------------------------------
+
+
+@either_cell
+def test_crdnn_from_yaml(cell):
+    """One YAML line exchanges the RNN of SpeechBrain's CRDNN."""
+    yaml = """
+model: !new:speechbrain.lobes.models.CRDNN.CRDNN
+    input_shape: [null, null, 40]
+    cnn_blocks: 1
+    cnn_channels: [4]
+    rnn_class: !name:{}.{}
+    rnn_layers: 2
+    rnn_neurons: 12
+    rnn_bidirectional: True
+    dnn_neurons: 16
+"""
+    theirs, ours = (
+        load_hyperpyyaml(yaml.format(module, cell))["model"]
+        for module in ("speechbrain.nnet.RNN", "sb_fast_sligru")
+    )
+    assert isinstance(ours, CRDNN) and isinstance(ours.RNN, getattr(sb_fast_sligru, cell))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.double().eval()
+    ours.double().eval()
+    x = random_input(shape=(2, 12, 40))
+    assert relative_error(ours(x), theirs(x)) < 1e-12
+
+
+@either_device
+@either_direction
+@either_cell
+def test_torch_compile(cell, bidirectional, device):
+    """One graph, for every batch size and length, with the statistics of eager training."""
+    _, eager = build_pair(cell, device, bidirectional=bidirectional)
+    _, compiled = build_pair(cell, device, bidirectional=bidirectional)
+    step = torch.compile(compiled, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in [(3, 7, FEATURES), (4, 9, FEATURES)]:
+        x = random_input(device, shape=shape)
+        expected = run(eager, x)
+        actual = run(step, x)
+        assert_same({n.replace("_orig_mod.", ""): t for n, t in actual.items()}, expected)
+
+
+@either_device
+@either_direction
+@pytest.mark.parametrize("option", ["defaults", "affine", "layernorm", "sin"])
+@either_cell
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_torch_jit_script(cell, option, bidirectional, device):
+    """SpeechBrain's `jit` options script the modules; the operator stays in use."""
+    if cell == "LiGRU" and option == "affine":
+        option = "tanh"
+    arguments = arguments_of(cell, option) | {"bidirectional": bidirectional}
+    _, ours = build_pair(cell, device, **arguments)
+    _, twin = build_pair(cell, device, **arguments)
+    scripted = torch.jit.script(twin)
+    x = random_input(device)
+    hx = random_input(device, shape=(1 + bidirectional, BATCH, HIDDEN), seed=5)
+    for training in (True, False):
+        ours.train(training)
+        scripted.train(training)
+        assert_same(run(scripted, x, hx), run(ours, x, hx), 1e-13)
+
+
+@either_device
+@either_cell
+def test_no_grad_and_inference_mode(cell, device):
+    theirs, ours = build_pair(cell, device, bidirectional=True)
+    theirs.eval()
+    ours.eval()
+    x = random_input(device)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert relative_error(ours(x)[0], theirs(x)[0]) < 1e-12
+
+
+@pytest.mark.gpu
+@either_cell
+def test_sync_batch_norm_over_two_gpus(cell):
+    """Statistics of SyncBatchNorm count the rows of all processes, uneven batches included."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    torch.multiprocessing.spawn(compare_under_sync_batch_norm, (cell,), nprocs=2)
+
+
+def compare_under_sync_batch_norm(rank, cell):
+    torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(
+        "nccl", init_method="tcp://localhost:29511", rank=rank, world_size=2
+    )
+    nets = build_pair(cell, f"cuda:{rank}", torch.float32, bidirectional=True)
+    x = random_input(f"cuda:{rank}", torch.float32, (1 + 2 * rank, TIME, FEATURES), seed=rank)
+    statistics = []
+    for net in nets:
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[rank])
+        net(x)[0].sum().backward()
+        statistics.append({n: b for n, b in net.named_buffers() if "running" in n})
+    torch.distributed.destroy_process_group()
+    assert_same(statistics[1], statistics[0], 1e-6)
+
+
+# Bad input -------------------------------------------------------------------------------------
+
+REFUSED = {
+    "2-D x": ((TIME, FEATURES), None, r"x must be \[batch, time, 5\].*\[7, 5\]"),
+    "4-D x": ((BATCH, TIME, 5, 1), None, r"x must be .*\[3, 7, 5, 1\]"),
+    "no time step": ((BATCH, 0, FEATURES), None, r"at least one time step.*\[3, 0, 5\]"),
+    "features": ((BATCH, TIME, 4), None, r"x must be \[batch, time, 5\].*\[3, 7, 4\]"),
+    "hx rows": ((BATCH, TIME, FEATURES), (1, 2, HIDDEN), r"hx must be \[3, 6\].*\[2, 6\]"),
+    "hx units": ((BATCH, TIME, FEATURES), (1, BATCH, 5), r"hx must be \[3, 6\].*\[3, 5\]"),
+}
+
+
+@pytest.mark.parametrize("x, hx, message", REFUSED.values(), ids=REFUSED.keys())
+@either_cell
+def test_bad_shapes(cell, x, hx, message):
+    _, ours = build_pair(cell)
+    with pytest.raises(ValueError, match=message):
+        ours(random_input(shape=x), None if hx is None else random_input(shape=hx))
+
+
+@either_cell
+def test_bad_dtype(cell):
+    _, ours = build_pair(cell)
+    with pytest.raises(RuntimeError, match="same dtype|dtype"):
+        ours(random_input(dtype=torch.float32))
