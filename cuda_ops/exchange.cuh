@@ -1,0 +1,114 @@
+// How the blocks of a thread-block cluster talk to each other: the only such code of the library.
+//
+// A message is an st.async: a store into the shared memory of another block of the cluster that,
+// when it lands, also subtracts its bytes from the transaction count of an mbarrier of that block.
+// The receiver declares the bytes of a whole round of messages with expect() and sleeps in wait().
+//
+// Memory order
+//   Data before flag. The landing of an st.async is a release at cluster scope on its mbarrier;
+//   wait()
+//     acquires at cluster scope. So whoever returns from wait() sees every byte of the round.
+//   Re-use of a buffer. A buffer is never written while a block may still read it, because each
+//   round is
+//     sent only after a later round has been received in full from every block of the cluster, and
+//     every block sends that later round after its last read of the buffer (its warps meet at a
+//     __syncthreads or each send a part). Each kernel states which rounds play that role.
+//   Re-arming. Thread 0 calls expect() for the next use of an mbarrier right after its own wait(),
+//   hence
+//     before its block sends anything that allows another block to start that next round.
+//   Life time. No block leaves before cluster_barrier(), which follows its last wait().
+// The bytes declared and the bytes sent are derived from the same constants: were they to differ,
+// the kernel would hang.
+#pragma once
+
+#include <cstdint>
+
+namespace sb_fast_sligru {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Address, valid in the whole cluster, of `address` (in this block's shared memory) in block
+// `rank`.
+__device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t rank) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+namespace mbarrier {
+
+// One arrival a phase: the expect() (or arrive()) of thread 0.
+__device__ __forceinline__ void init(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+
+// Makes init() visible to the other blocks; a cluster_barrier() has to follow.
+__device__ __forceinline__ void fence_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Completes a phase that expects no message.
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+}  // namespace mbarrier
+
+// Store 4, 8 or 16 bytes at `address` of the block to which `address` and `barrier` belong.
+__device__ __forceinline__ void send(uint32_t address, uint32_t barrier, uint32_t x) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
+      "r"(x), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void send(uint32_t address, uint32_t barrier, uint32_t x, uint32_t y) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+          address),
+      "r"(x), "r"(y), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void send(uint32_t address, uint32_t barrier, uint32_t x, uint32_t y,
+                                     uint32_t z, uint32_t w) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
+      "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+      : "memory");
+}
+
+}  // namespace sb_fast_sligru

@@ -1,0 +1,87 @@
+// The persistent backend: all time steps of the recurrence in one kernel launch, forward and
+// backward. The equations are in cell.h, axes and directions in recurrence.h; the accumulation type
+// is float.
+//
+// A cluster of 4, 8 or 16 blocks keeps U on chip for the whole sequence and serves a few batch
+// rows. Clusters never wait for each other, so any number of them may be launched.
+//
+// Nothing here sees tensors, allocates or synchronises: pointers are borrowed device memory,
+// launches go to `stream` on the current device, and every launcher returns the error of its
+// launch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "recurrence.h"
+
+namespace sb_fast_sligru {
+
+struct PersistentForward {
+  Recurrence layer;  // wx and both its strides in bytes: multiples of 16
+  const void* u;     // [2H, H] operand type, 16-byte aligned; with layer_norm its columns were
+                     // centred before they were rounded
+  void* h;           // [B, T, D * H] output type, contiguous; written
+  float* rho;        // [R, T] at true time, written; null without layer_norm
+};
+
+// One chunk of the backward pass: steps first, ..., first + count - 1 of every row. Chunks are
+// processed from the last to the first; their arrays are contiguous, row by row, then by step. With
+// Uc the rounded u, and Gram = Uc^T Uc rounded to the operand type, for each chunk in this order:
+//   1. gather_h_previous      h, h0 -> h_previous
+//   2. the caller's product   projection = h_previous [Uc; Gram]^T; Li-GRU: h_previous U^T
+//   3. prepare_backward       wx, projection, h_previous, rho -> coefficients
+//   4. run_backward           coefficients, grad_h, rho, carry -> dwx_rows, m2, carry
+//   5. finish_backward        dwx_rows, m2, projection, rho, h_previous ->
+//                             dwx, dr, rho h_previous (in its place), affine_partial
+//   6. the caller's product   du += dr^T h_previous, accumulated in float
+// After the last chunk carry is the gradient of h0, and with layer_norm the caller subtracts from
+// every column of du its mean.
+struct PersistentBackward {
+  Recurrence layer;  // as in the forward pass
+  const void* u;
+  int64_t first, count;
+  const void* h;       // [B, T, D * H] output type, contiguous
+  const float* rho;    // [R, T]
+  const void* grad_h;  // [B, T, D * H] output type; data and strides in bytes: multiples of 16
+  int64_t grad_h_batch_stride, grad_h_time_stride;
+  void* dwx;              // [B, T, 2H] of wx_type, contiguous: the sum over the directions
+  float* carry;           // [R, H]: the gradient that flows from later steps into the state after
+                          // the chunk's last step; on return that before its first. The caller
+                          // fills it with zeros before the first chunk processed
+  void* h_previous;       // [R, count, H] operand type
+  float* projection;      // [R, count, 3H], Li-GRU: [R, count, 2H]
+  void* coefficients;     // [R, count, coefficient_streams(layer_norm), padded_hidden(H)] operand
+                          // type
+  void* dwx_rows;         // [R, count, 2, padded_hidden(H)] operand type
+  float* m2;              // [R, count]; null without layer_norm
+  void* dr;               // [R, count, 2H] operand type
+  float* affine_partial;  // [affine_partials(R, count), 4H] or null: its rows add up to the
+                          // gradients of ln_weight (first 2H) and ln_bias
+};
+
+struct PersistentPlan {
+  const char* reason;     // null if the backend takes the shape, else why it does not
+  int rows;               // batch rows that a cluster serves
+  int resident_clusters;  // clusters that run at once
+};
+
+// Units that a cluster holds: 128, 256 or 512; 0 if `hidden` is larger.
+int padded_hidden(int64_t hidden);
+// Values a unit and step that run_backward reads: Ka, Kz, 1 - z and, with layer_norm, q and V.
+int coefficient_streams(bool layer_norm);
+// Rows of affine_partial.
+int64_t affine_partials(int64_t rows, int64_t count);
+
+// Whether and how the current device runs a recurrence of this size. Makes no launch.
+PersistentPlan persistent_plan(int64_t hidden, DType operand_type);
+
+cudaError_t run_forward(const PersistentForward& p, cudaStream_t stream);
+
+cudaError_t gather_h_previous(const PersistentBackward& p, cudaStream_t stream);
+cudaError_t prepare_backward(const PersistentBackward& p, cudaStream_t stream);
+cudaError_t run_backward(const PersistentBackward& p, cudaStream_t stream);
+cudaError_t finish_backward(const PersistentBackward& p, cudaStream_t stream);
+
+}  // namespace sb_fast_sligru
