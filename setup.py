@@ -8,6 +8,9 @@ torch >= 2.10 at run time, and no particular Python.
 import glob
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 
 from setuptools import setup
@@ -28,8 +31,18 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # what torch 2.10 of
 CUDA_SOURCES = ["cuda_ops/library_cuda.cpp", *sorted(glob.glob("cuda_ops/*.cu"))]
 
 
+def find_toolkit():
+    """Ask nvcc itself: the one on the PATH may be a script or a link that hides the toolkit."""
+    nvcc = shutil.which("nvcc")
+    if nvcc and not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys():
+        command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.*)$", report, re.MULTILINE)
+        cpp_extension.CUDA_HOME = os.path.realpath(top[1]) if top else cpp_extension.CUDA_HOME
+
+
 def wants_cuda():
-    """Build CUDA where nvcc is found: whether a GPU is visible here says nothing about the user's."""
+    """Build CUDA where nvcc is found: a GPU visible here says nothing about the user's."""
     if os.environ.get("NO_CUDA") == "1":
         return False
     found = cpp_extension.CUDA_HOME is not None and torch.version.cuda is not None
@@ -76,6 +89,7 @@ def extensions():
 
 
 limit_jobs()
+find_toolkit()
 BUILD_INFO = {
     "torch": torch.__version__,
     "cuda": torch.version.cuda if wants_cuda() else None,

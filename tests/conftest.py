@@ -1,0 +1,23 @@
+"""Shared by all tests: seeds, GPU tests without a GPU, and how two tensors are compared."""
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU is visible"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(20231)
+
+
+def relative_error(actual, expected):
+    """||actual - expected|| / ||expected|| in float64 on the CPU; NaN never passes a comparison."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    assert actual.shape == expected.shape
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()
