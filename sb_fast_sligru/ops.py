@@ -6,13 +6,14 @@
 """
 
 import contextlib
+import functools
 import warnings
 
 import torch
 
 from . import _library, reference
 
-BACKENDS = ("auto", "reference", "cpu", "stepwise")
+BACKENDS = ("auto", "reference", "cpu", "stepwise", "persistent")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _forced_backend = "auto"
@@ -29,7 +30,8 @@ def backend(name):
     ---------
     name : str
         "reference" (PyTorch loop: any device, differentiable twice), "cpu" (compiled, CPU tensors),
-        "stepwise" (CUDA: the time loop in C++) or "auto". The setting is process-wide.
+        "stepwise" (CUDA: the time loop in C++), "persistent" (CUDA, sm_90 and newer: the whole
+        sequence in one kernel) or "auto". The setting is process-wide.
 
     Raises
     ------
@@ -53,39 +55,66 @@ def backend(name):
         _forced_backend = previous
 
 
-def choose_backend(device):
-    """The backend that serves a call on `device` now, and why.
+def choose_backend(device, hidden, operand_dtype):
+    """The backend that serves a layer now, and why.
 
     Arguments
     ---------
     device : torch.device or str
+    hidden : int
+        Hidden units H.
+    operand_dtype : torch.dtype
+        Of the operands of the matrix products: that of the tensors, or autocast's.
 
     Returns
     -------
     name : str
-        "reference", "cpu" or "stepwise".
+        "reference", "cpu", "stepwise" or "persistent".
     reason : str
-        One clause, for people.
+        One clause, for people. For "stepwise" it says why not "persistent".
 
     Raises
     ------
     RuntimeError
-        If a backend is forced that cannot serve this device.
+        If a backend is forced that cannot serve this layer.
+
+    Example
+    -------
+    >>> choose_backend("cpu", 512, torch.float32)[0]
+    'cpu'
     """
-    kind = torch.device(device).type
-    native, error = {
-        "cpu": ("cpu", _library.cpu_error),
-        "cuda": ("stepwise", _library.cuda_error),
-    }.get(kind, (None, f"there are no kernels for device type {kind}"))
+    device = torch.device(device)
     if _forced_backend == "reference":
         return "reference", "forced"
-    if _forced_backend == "auto":
-        return (native, f"kernels for {kind}") if error is None else ("reference", error)
-    if error is None and native != _forced_backend:
-        error = f'it does not serve {kind} tensors ("{native}" does)'
-    if error is not None:
-        raise RuntimeError(f'backend("{_forced_backend}") is forced, but {error}')
-    return native, "forced"
+    obstacles = _obstacles(device, hidden, operand_dtype)
+    if _forced_backend != "auto":
+        obstacle = obstacles.get(_forced_backend, f"it does not serve {device.type} tensors")
+        if obstacle:
+            raise RuntimeError(f'backend("{_forced_backend}") is forced, but {obstacle}')
+        return _forced_backend, "forced"
+    for name, obstacle in obstacles.items():
+        if not obstacle:
+            rejected = [f"not {other}: {why}" for other, why in obstacles.items() if why]
+            return name, "; ".join(rejected) or "the fastest"
+    return "reference", next(iter(obstacles.values()), f"no kernels for {device.type} tensors")
+
+
+def _obstacles(device, hidden, operand_dtype):
+    """What keeps each compiled backend of the device from the layer ("": nothing), best first."""
+    if device.type == "cpu":
+        return {"cpu": _library.cpu_error or ""}
+    if device.type != "cuda":
+        return {}
+    if _library.cuda_error:
+        return {"persistent": _library.cuda_error, "stepwise": _library.cuda_error}
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return {"persistent": _persistent_obstacle(hidden, operand_dtype, index), "stepwise": ""}
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _persistent_obstacle(hidden, operand_dtype, device_index):
+    return torch.ops.sb_fast_sligru.persistent_obstacle(hidden, operand_dtype, device_index)
 
 
 _warned = set()
@@ -170,7 +199,7 @@ def light_gru(
     operand_dtype = _check(
         wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, activation, bidirectional
     )
-    name, reason = choose_backend(wx.device)
+    name, reason = choose_backend(wx.device, u.shape[1], operand_dtype)
     if name == "reference":
         if reason != "forced" and not torch.compiler.is_compiling():
             _warn_once(reason)
