@@ -1,0 +1,333 @@
+"""The recipe: YAML and script agree, it learns, resumes, and says clearly what is wrong."""
+
+import ast
+import csv
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ruamel.yaml
+import speechbrain as sb
+import torch
+import train_ctc
+from hyperpyyaml import load_hyperpyyaml
+from mini_librispeech import make_corpus
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.run_opts import RunOptions
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "recipes/LibriSpeech/train_ctc.py"
+README = ROOT / "recipes/LibriSpeech/README.md"
+YAML = ROOT / "hparams/librispeech_ctc.yaml"
+MINI = ROOT / "hparams/mini.yaml"
+RUN_OPTIONS = set(RunOptions().keys())
+
+# One set of utterances is train, dev and test set at once: what is tested is the machinery.
+SPLITS = ("train-clean-100", "dev-clean", "test-clean")
+UTTERANCES = 6
+# Smaller and without anything random: a run is then a function of its command line.
+TINY = (
+    "--device=cpu",
+    "--noprogressbar",
+    "--token_type=char",
+    "--dropout=0.0",
+    "--max_batch_length=12",
+    "--rnn_layers=1",
+    "--rnn_neurons=48",
+    "--dnn_neurons=48",
+)
+# The model is built with the YAML; where it is not used it should take no time.
+NO_MODEL = ("--rnn_layers=1", "--rnn_neurons=8")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The same few utterances of one speaker as train, dev and test split."""
+    folder = tmp_path_factory.mktemp("corpus with spaces")
+    make_corpus(folder / "spoken", {SPLITS[0]: (1, UTTERANCES)})
+    for split in SPLITS:
+        shutil.copytree(folder / "spoken" / SPLITS[0], folder / "LibriSpeech" / split)
+    return folder / "LibriSpeech"
+
+
+def command_line(corpus, output_folder, *arguments):
+    return [
+        str(YAML),
+        f"--overrides={MINI}",
+        f"--data_folder={corpus}",
+        f"--output_folder={output_folder}",
+        *TINY,
+        *arguments,
+    ]
+
+
+def load_hparams(argv):
+    hparams_file, _, overrides = train_ctc.parse_arguments(argv)
+    with open(hparams_file, encoding="utf-8") as file:
+        return load_hyperpyyaml(file, overrides)
+
+
+def epochs(output_folder):
+    """The lines of train_log.txt about epochs, as {name: value}."""
+    return [
+        {name: float(value) for name, value in re.findall(r"(\w[\w ]*): ([\d.e+-]+)", line)}
+        for line in (Path(output_folder) / "train_log.txt").read_text().splitlines()
+        if line.startswith("epoch:")
+    ]
+
+
+def yaml_keys(path):
+    return set(ruamel.yaml.YAML().load(path.read_text(encoding="utf-8")))
+
+
+# The YAML
+
+
+def test_every_yaml_key_is_used():
+    text = YAML.read_text(encoding="utf-8")
+    references = set(re.findall(r"<(\w+)>", text))
+    words = set()  # what the script can name a key by
+    for node in ast.walk(ast.parse(SCRIPT.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words.add(node.value)
+        elif isinstance(node, ast.Attribute):
+            words.add(node.attr)
+    unused = yaml_keys(YAML) - references - words - RUN_OPTIONS - {"__set_seed"}
+    assert unused == set()
+
+
+def test_every_key_that_the_script_uses_is_in_the_yaml():
+    script = SCRIPT.read_text(encoding="utf-8")
+    used = set(re.findall(r'hparams\["(\w+)"\]|self\.hparams\.(\w+)', script))
+    used = {name for pair in used for name in pair if name}
+    assert len(used) > 20
+    assert used - yaml_keys(YAML) == set()
+
+
+def test_every_key_in_the_mini_set_overrides_one():
+    assert yaml_keys(MINI) - yaml_keys(YAML) == set()
+
+
+def test_default_model_is_the_published_one():
+    hparams = load_hparams([str(YAML), "--data_folder=/data/LibriSpeech"])
+    rnn = hparams["enc"].RNN
+    assert type(rnn).__module__ + "." + type(rnn).__name__ == "sb_fast_sligru.rnn.SLiGRU"
+    # Measured on the encoder of SpeechBrain's train_BPE_1000_sligru.yaml.
+    parameters = sum(parameter.numel() for parameter in hparams["enc"].parameters())
+    assert round(parameters / 1e5) == 286
+
+
+def test_command_line_wins_over_the_override_file():
+    arguments = [str(YAML), f"--overrides={MINI}", "--data_folder=x", "--number_of_epochs=77"]
+    hparams = load_hparams(arguments)
+    assert hparams["number_of_epochs"] == 77
+    assert hparams["rnn_neurons"] == ruamel.yaml.YAML().load(MINI.read_text())["rnn_neurons"]
+
+
+@pytest.mark.parametrize(
+    "name", ["sb_fast_sligru.LiGRU", "speechbrain.nnet.RNN.SLiGRU", "speechbrain.nnet.RNN.LiGRU"]
+)
+def test_rnn_class_is_one_key(name):
+    arguments = [str(YAML), f"--overrides={MINI}", "--data_folder=x", f"--rnn_class=!name:{name}"]
+    rnn = type(load_hparams(arguments)["enc"].RNN)
+    package, _, class_name = name.rpartition(".")
+    assert rnn.__module__.startswith(package) and rnn.__name__ == class_name
+
+
+# The README
+
+
+def test_readme_names_what_exists():
+    text = README.read_text(encoding="utf-8")
+    paths = set(re.findall(r"(?:hparams|recipes)/[\w./-]+\.(?:yaml|py)", text))
+    assert {"hparams/librispeech_ctc.yaml", "recipes/LibriSpeech/train_ctc.py"} <= paths
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
+    options = set(re.findall(r"--(\w+)", text)) - yaml_keys(YAML) - RUN_OPTIONS
+    assert options == {"overrides", "standalone", "nproc_per_node"}  # the latter are torchrun's
+
+
+# Runs
+
+
+def test_debug_run_by_the_documented_command(corpus, tmp_path):
+    output = tmp_path / "output with spaces"
+    command = [sys.executable, SCRIPT, *command_line(corpus, output, "--debug")]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=300)
+    for name in (
+        "wer_test-clean.txt",
+        "cer_test-clean.txt",
+        "train_log.txt",
+        "log.txt",
+        "env.log",
+        "hyperparams.yaml",
+        "train_ctc.py",
+        "save/train.csv",
+    ):
+        assert (output / name).stat().st_size > 0, name
+    assert "%WER" in (output / "wer_test-clean.txt").read_text()
+    assert len(epochs(output)) == 2
+
+
+def test_overfits_a_few_utterances(corpus, tmp_path):
+    arguments = ("--number_of_epochs=40", "--lr=0.01")
+    results = train_ctc.main(command_line(corpus, tmp_path, *arguments))
+    # Mean negative log-likelihood per character. A model that ignores the audio stays above 2.
+    assert epochs(tmp_path)[0]["train loss"] > 2
+    assert results["test-clean"]["loss"] < 0.3
+    assert results["test-clean"]["WER"] < 10
+    # Only the best checkpoint and the last are kept.
+    assert 1 <= len(list((tmp_path / "save").glob("CKPT+*"))) <= 2
+
+
+def test_resumes_where_it_was_stopped(corpus, tmp_path, monkeypatch):
+    """Stopped in its second epoch, then run again: the log is that of an uninterrupted run."""
+    arguments = ("--number_of_epochs=3",)
+    train_ctc.main(command_line(corpus, tmp_path / "at once", *arguments))
+
+    def stop(self, stage, epoch=None):
+        if stage == sb.Stage.TRAIN and epoch == 2:
+            raise KeyboardInterrupt
+        return original(self, stage, epoch)
+
+    original = train_ctc.CTCBrain.on_stage_start
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_ctc.CTCBrain, "on_stage_start", stop)
+        train_ctc.main(command_line(corpus, tmp_path / "stopped", *arguments))
+    assert [line["epoch"] for line in epochs(tmp_path / "stopped")] == [1]
+    train_ctc.main(command_line(corpus, tmp_path / "stopped", *arguments))
+    assert [line["epoch"] for line in epochs(tmp_path / "stopped")] == [1, 2, 3]
+    assert epochs(tmp_path / "stopped") == epochs(tmp_path / "at once")
+
+
+def test_stock_rnn_trains_alike(corpus, tmp_path):
+    """The other RNN is one override away; from the same seed it has the same losses."""
+    losses = {}
+    for name in ("sb_fast_sligru.SLiGRU", "speechbrain.nnet.RNN.SLiGRU"):
+        arguments = ("--number_of_epochs=2", f"--rnn_class=!name:{name}")
+        train_ctc.main(command_line(corpus, tmp_path / name, *arguments))
+        losses[name] = [line["train loss"] for line in epochs(tmp_path / name)]
+    ours, stock = losses.values()
+    assert ours == pytest.approx(stock, rel=0.01)
+    assert ours[1] < ours[0]
+
+
+def test_loss_is_in_fp32_under_bf16(corpus, tmp_path, monkeypatch):
+    seen = []
+
+    def record(self, predictions, batch, stage):
+        seen.append((stage, predictions[0].dtype, torch.is_autocast_enabled("cpu")))
+        return original(self, predictions, batch, stage)
+
+    original = train_ctc.CTCBrain.compute_objectives
+    monkeypatch.setattr(train_ctc.CTCBrain, "compute_objectives", record)
+    arguments = ("--number_of_epochs=2", "--precision=bf16")
+    train_ctc.main(command_line(corpus, tmp_path, *arguments))
+    assert {dtype for _, dtype, _ in seen} == {torch.float32}
+    assert {autocast for stage, _, autocast in seen if stage == sb.Stage.TRAIN} == {True}
+    first, second = epochs(tmp_path)
+    assert second["train loss"] < first["train loss"]
+
+
+# Batches
+
+
+@pytest.fixture
+def train_data():
+    rows = {f"u{n}": {"duration": float(seconds)} for n, seconds in enumerate((5, 3, 9, 3, 7, 1))}
+    return DynamicItemDataset(rows, output_keys=["id", "duration"])
+
+
+def load_batching(*arguments):
+    return load_hparams([str(YAML), "--data_folder=x", *NO_MODEL, *arguments])
+
+
+@pytest.mark.parametrize("sorting", ["ascending", "descending"])
+def test_fixed_batches_are_sorted(train_data, sorting):
+    hparams = load_batching(f"--sorting={sorting}")
+    data, options = train_ctc.batching(hparams, train_data)
+    durations = [data[index]["duration"] for index in range(len(data))]
+    assert durations == sorted(durations, reverse=sorting == "descending")
+    assert options == hparams["train_dataloader_opts"]
+
+
+def test_unknown_sorting_is_refused(train_data):
+    with pytest.raises(ValueError, match="sorting must be .* got 'length'"):
+        train_ctc.batching(load_batching("--sorting=length"), train_data)
+
+
+def test_dynamic_batches_keep_the_limit_and_change_with_the_epoch(train_data):
+    hparams = load_batching("--dynamic_batching=True", "--max_batch_length=12", "--num_buckets=3")
+    _, options = train_ctc.batching(hparams, train_data)
+    sampler = options["batch_sampler"]
+    plans = []
+    for epoch in (1, 2, 1):
+        sampler.set_epoch(epoch)
+        plans.append([tuple(batch) for batch in sampler])
+        assert sorted(index for batch in plans[-1] for index in batch) == list(range(6))
+        assert max(sum(sampler.get_durations(batch)) for batch in plans[-1]) <= 12
+    assert plans[0] == plans[2] != plans[1]
+
+
+# What can be wrong
+
+
+def write_manifest(folder, transcripts, seconds=3.0):
+    folder.mkdir(exist_ok=True)
+    with open(folder / "train.csv", "w", newline="", encoding="utf-8") as file:
+        rows = [(f"u{n}", seconds, "x.flac", "s", text) for n, text in enumerate(transcripts)]
+        csv.writer(file).writerows([("ID", "duration", "wav", "spk_id", "wrd"), *rows])
+
+
+@pytest.mark.parametrize("token_type", ["unigram", "bpe"])
+def test_vocabulary_is_sized_down_on_a_small_corpus(tmp_path, caplog, token_type):
+    write_manifest(tmp_path / "save", ["THE KING FOUND A LANTERN", "THE SAILOR FOUND THE KING"])
+    argv = [str(YAML), "--data_folder=x", f"--output_folder={tmp_path}", *NO_MODEL]
+    hparams = load_hparams([*argv, f"--token_type={token_type}"])
+    for _ in range(2):  # the second time it is loaded
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            tokenizer = train_ctc.load_tokenizer(hparams)
+        size = tokenizer.sp.vocab_size()
+        assert "vocab_size 1000 is more than the train transcripts can fill" in caplog.text
+        assert f"the most they can, {size}" in caplog.text
+        words = "THE KING FOUND THE LANTERN"
+        assert tokenizer.sp.decode_ids(tokenizer.sp.encode_as_ids(words)) == words
+    hparams["vocab_size"] = 5
+    with pytest.raises(ValueError, match="vocab_size 5 is impossible"):
+        train_ctc.load_tokenizer(hparams)
+
+
+def test_more_tokens_than_frames_are_refused(tmp_path, caplog):
+    write_manifest(tmp_path / "save", ["THE KING FOUND A LANTERN"] * 4, seconds=1.0)
+    argv = [str(YAML), "--data_folder=x", f"--output_folder={tmp_path}", *NO_MODEL]
+    hparams = load_hparams([*argv, "--token_type=char"])
+    tokenizer = train_ctc.load_tokenizer(hparams)
+    data = DynamicItemDataset.from_csv(hparams["train_csv"])
+    # 25 characters with the word boundary before the first; no two neighbours are equal.
+    train_ctc.check_alignable(data, tokenizer, frames_per_second=25)
+    with pytest.raises(ValueError, match=r"4 of 4 train utterances \(such as u0\).*24 per second"):
+        train_ctc.check_alignable(data, tokenizer, frames_per_second=24)
+    # One in a thousand is bad data: logged, and training goes on.
+    for number in range(1000):
+        data.data[f"v{number}"] = {"duration": 5.0, "wrd": "THE KING"}
+    data.data_ids = list(data.data)
+    for utterance in ("u1", "u2", "u3"):
+        data.data[utterance]["duration"] = 5.0
+    with caplog.at_level(logging.WARNING):
+        train_ctc.check_alignable(data, tokenizer, frames_per_second=24)
+    assert "1 of 1004 train utterances (such as u0)" in caplog.text
+
+
+def test_wrong_data_folder_is_named(tmp_path):
+    argv = command_line(tmp_path / "nowhere", tmp_path / "output")
+    with pytest.raises(FileNotFoundError, match="data_folder .*nowhere does not exist"):
+        train_ctc.main(argv)
+
+
+def test_missing_data_folder_is_named():
+    with pytest.raises(ValueError, match="'data_folder' is a !PLACEHOLDER"):
+        train_ctc.main([str(YAML)])
