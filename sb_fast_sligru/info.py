@@ -1,0 +1,66 @@
+"""`python -m sb_fast_sligru.info`: what is installed and built, and which backend would run."""
+
+import argparse
+import importlib.metadata
+import platform
+
+import torch
+
+from . import __version__, _library, ops
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report(hidden=512):
+    """Describe the installation and the backends for layers of `hidden` units.
+
+    Arguments
+    ---------
+    hidden : int
+        Hidden units H.
+
+    Returns
+    -------
+    lines : list of str
+
+    Example
+    -------
+    >>> report()[0].startswith("sb_fast_sligru")
+    True
+    """
+    built = _library.build_info
+    lines = [
+        f"sb_fast_sligru  {__version__}, Python {platform.python_version()}",
+        f"torch           {torch.__version__}, CUDA {torch.version.cuda or 'none'}",
+        f"speechbrain     {_version('speechbrain')}",
+        f"built with      torch {built.get('torch', '?')}, CUDA {built.get('cuda') or 'none'}"
+        + (f", architectures {built['archs']}" if built.get("cuda") else ""),
+        f"CPU library     {_library.cpu_error or 'loaded'}",
+        f"CUDA library    {_library.cuda_error or 'loaded'}",
+    ]
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for device in devices[1:]:
+        properties = torch.cuda.get_device_properties(device)
+        lines.append(
+            f"{device:<15} {properties.name}, compute capability "
+            f"{properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        )
+    if len(devices) == 1:
+        lines.append("GPU             none is visible")
+    lines.append(f"Backend for H = {hidden}:")
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            name, reason = ops.choose_backend(device, hidden, dtype)
+            lines.append(f"  {device:<8} {str(dtype)[6:]:<9} {name} ({reason})")
+    return lines
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m sb_fast_sligru.info", description=__doc__)
+    parser.add_argument("--hidden", type=int, default=512, help="hidden units H (default 512)")
+    print("\n".join(report(parser.parse_args().hidden)))
