@@ -88,11 +88,11 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
   const int64_t R = in.rows(), T = in.time(), H = in.hidden();
   const bool ln = in.layer_norm, need_ln = needs.ln && ln;
   const ScalarType fp32 = ScalarType::Float;
-  const Tensor nothing = new_empty(in.wx, {0}, fp32);
+  auto nothing = [&] { return new_empty(in.wx, {0}, fp32); };
   Tensor grad_wx = new_empty(in.wx, {in.batch(), T, 2 * H}, in.wx.scalar_type());
-  Tensor grad_u = needs.u ? new_zeros(in.wx, {2 * H, H}, fp32) : nothing;
+  Tensor grad_u = needs.u ? new_zeros(in.wx, {2 * H, H}, fp32) : nothing();
   Tensor grad_h0 = new_zeros(in.wx, {R, H}, fp32);
-  Tensor grad_ln = need_ln ? new_zeros(in.wx, {4 * H}, fp32) : nothing;
+  Tensor grad_ln = need_ln ? new_zeros(in.wx, {4 * H}, fp32) : nothing();
 
   if (R > 0 && T > 0) {
     const Tensor grad_h = aligned(grad_h_in), u = recurrent_operand(in);
@@ -113,8 +113,8 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
     const Tensor coefficients = buffer(R * chunk * streams * padded, in.operand_type);
     const Tensor dwx_rows = buffer(R * chunk * 2 * padded, in.operand_type);
     const Tensor dr = buffer(R * chunk * 2 * H, in.operand_type);
-    const Tensor m2 = ln ? buffer(R * chunk, fp32) : nothing;
-    const Tensor affine = need_ln ? buffer(affine_partials(R, chunk) * 4 * H, fp32) : nothing;
+    const Tensor m2 = ln ? buffer(R * chunk, fp32) : nothing();
+    const Tensor affine = need_ln ? buffer(affine_partials(R, chunk) * 4 * H, fp32) : nothing();
     auto front = [](Tensor t, int64_t rows, int64_t columns) {
       std::vector<int64_t> sizes{rows, columns};
       return torch::stable::view(torch::stable::narrow(t, 0, 0, rows * columns), sizes);
@@ -164,10 +164,10 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
   // Copies, so that the two gradients share no memory.
   auto half = [&](int64_t begin) {
     return need_ln ? torch::stable::clone(torch::stable::narrow(grad_ln, 0, begin, 2 * H))
-                   : nothing;
+                   : nothing();
   };
   return {needs.wx ? grad_wx : new_empty(in.wx, {0}, in.wx.scalar_type()), grad_u,
-          needs.h0 ? grad_h0 : nothing, half(0), half(2 * H)};
+          needs.h0 ? grad_h0 : nothing(), half(0), half(2 * H)};
 }
 
 std::string persistent_obstacle(int64_t hidden, ScalarType operand_dtype, int64_t device_index) {

@@ -7,6 +7,7 @@
 
 import contextlib
 import functools
+import operator
 import warnings
 
 import torch
@@ -108,13 +109,19 @@ def _obstacles(device, hidden, operand_dtype):
     if _library.cuda_error:
         return {"persistent": _library.cuda_error, "stepwise": _library.cuda_error}
     index = torch.cuda.current_device() if device.index is None else device.index
-    return {"persistent": _persistent_obstacle(hidden, operand_dtype, index), "stepwise": ""}
+    # index() makes a constant, with a guard, of a size that torch.compile holds as a symbol.
+    obstacle = _persistent_obstacle(operator.index(hidden), operand_dtype, index)
+    return {"persistent": obstacle, "stepwise": ""}
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
-def _persistent_obstacle(hidden, operand_dtype, device_index):
+def _query_persistent(hidden, operand_dtype, device_index):
     return torch.ops.sb_fast_sligru.persistent_obstacle(hidden, operand_dtype, device_index)
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks while it traces and keeps the answer
+def _persistent_obstacle(hidden, operand_dtype, device_index):
+    return _query_persistent(hidden, operand_dtype, device_index)
 
 
 _warned = set()

@@ -157,16 +157,15 @@ each_precision = pytest.mark.parametrize("name, device, precision", PRECISION_CA
 
 
 def assert_no_worse_than_the_loop(name, device, precision, arguments):
-    """Every error against float64 is at most 1.5 times that of the loop in the same precision.
+    """Every error against float64 is at most twice that of the loop in the same precision.
 
-    With tanh: ReLU's kink would make either gradient a matter of luck. 1.5 covers the luck of
-    rounding, and float32's dU: one long product here, a sum of one product a step in the loop
-    (2.2e-7 against 1.9e-7).
+    With tanh: ReLU's kink would make either gradient a matter of luck. 2 covers the luck of
+    rounding and of the order of sums. benchmarks/bench_rnn.py --accuracy compares long sequences.
     """
     dtype, autocast = PRECISIONS[precision]
-    # What the low precision sees is exact in it, so that only the computation is compared.
+    # What the low precision is given is exact in it, so that only the computation is compared.
     arguments = {
-        key: value.to(autocast or dtype).double() if isinstance(value, torch.Tensor) else value
+        key: value.to(dtype).double() if isinstance(value, torch.Tensor) else value
         for key, value in arguments.items()
     } | {"activation": "tanh"}
     upstream = upstream_for(arguments).to(dtype).double()
@@ -175,7 +174,7 @@ def assert_no_worse_than_the_loop(name, device, precision, arguments):
     # A result of few values can be right by luck: allow half a unit in the last place besides.
     last_place = torch.finfo(autocast or dtype).eps / 2
     bounds = {
-        key: 1.5 * relative_error(value, exact[key]) + last_place for key, value in eager.items()
+        key: 2 * relative_error(value, exact[key]) + last_place for key, value in eager.items()
     }
     results = run(name, arguments, upstream, device, dtype, autocast)
     assert results["h"].dtype == eager["h"].dtype == dtype
@@ -236,7 +235,7 @@ def test_16_bit_chunks_of_time(bidirectional):
     expected = run("reference", arguments, upstream, "cuda")
     results = run("persistent", arguments, upstream, "cuda", torch.float32, torch.bfloat16)
     eager = run("reference", arguments, upstream, "cuda", torch.float32, torch.bfloat16)
-    bounds = {key: 1.5 * relative_error(value, expected[key]) for key, value in eager.items()}
+    bounds = {key: 2 * relative_error(value, expected[key]) for key, value in eager.items()}
     assert_close(results, expected, bounds)
 
 
