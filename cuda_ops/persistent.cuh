@@ -99,11 +99,17 @@ __device__ __forceinline__ float add_lane_xor(float x, int offset) {
 }
 
 // Keeps a loop-invariant value in its register: the compiler would rather compute some of them anew
-// in every time step, from special registers or parameters, at up to 50 cycles each.
-__device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)); }
-__device__ __forceinline__ void pin(int& x) { asm volatile("" : "+r"(x)); }
-__device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)); }
-__device__ __forceinline__ void pin(int64_t& x) { asm volatile("" : "+l"(x)); }
+// in every time step, from special registers or parameters, at up to 50 cycles each. A shuffle with
+// itself is opaque to it. To be called by whole warps.
+__device__ __forceinline__ void pin(uint32_t& x) {
+  x = __shfl_sync(0xffffffffu, x, static_cast<int>(threadIdx.x) % 32);
+}
+__device__ __forceinline__ void pin(float& x) {
+  x = __shfl_sync(0xffffffffu, x, static_cast<int>(threadIdx.x) % 32);
+}
+__device__ __forceinline__ void pin(int64_t& x) {
+  x = __shfl_sync(0xffffffffu, static_cast<long long>(x), static_cast<int>(threadIdx.x) % 32);
+}
 
 // ---- shared memory, by 32-bit address ----
 __device__ __forceinline__ float load_float(uint32_t address) {

@@ -67,7 +67,7 @@ struct PersistentPlan {
   int resident_clusters;  // clusters that run at once
 };
 
-// Units that a cluster holds: 128, 256 or 512; 0 if `hidden` is larger.
+// Units that a cluster holds: 128, 256, 512 or 1024; 0 if `hidden` is larger.
 int padded_hidden(int64_t hidden);
 // Values a unit and step that run_backward reads: Ka, Kz, 1 - z and, with layer_norm, q and V.
 int coefficient_streams(bool layer_norm);

@@ -19,7 +19,7 @@
 #include <algorithm>
 
 #include "cluster_launch.cuh"
-#include "persistent.cuh"
+#include "persistent_wide.cuh"
 
 namespace sb_fast_sligru {
 namespace {
@@ -296,10 +296,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T, int kCluster>
 cudaError_t launch_backward(const PersistentBackward& p, cudaStream_t stream) {
-  const int64_t clusters = ceil_div(p.layer.rows(), kRows);
-  return p.layer.layer_norm
-             ? launch_clusters<kCluster>(backward_kernel<T, kCluster, true>, clusters, p, stream)
-             : launch_clusters<kCluster>(backward_kernel<T, kCluster, false>, clusters, p, stream);
+  const auto kernel =
+      p.layer.layer_norm ? backward_kernel<T, kCluster, true> : backward_kernel<T, kCluster, false>;
+  return ClusterKernel<PersistentBackward>{kernel, kCluster, kThreads}.run(
+      ceil_div(p.layer.rows(), kRows), p, stream);
 }
 
 template <class T>
@@ -311,6 +311,8 @@ cudaError_t launch_backward(const PersistentBackward& p, cudaStream_t stream) {
       return launch_backward<T, 8>(p, stream);
     case 512:
       return launch_backward<T, 16>(p, stream);
+    case kWideHidden:
+      return run_backward_wide(p, stream);
     default:
       return cudaErrorInvalidValue;
   }

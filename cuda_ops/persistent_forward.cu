@@ -15,7 +15,7 @@
 // over and hop 2 that the reads of the statistics are; Li-GRU has hop 2 alone and alternates two
 // buffers.
 #include "cluster_launch.cuh"
-#include "persistent.cuh"
+#include "persistent_wide.cuh"
 
 namespace sb_fast_sligru {
 namespace {
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool stores_rho = kLayerNorm && rank == 0 && warp == 0 && g == 0 && row.valid;
   float* rho_output =
       stores_rho ? p.rho + int64_t{row.index} * steps + layer.time_of(row.index, 0) : nullptr;
-  int rho_step = row.direction ? -1 : 1;
+  const int rho_step = row.direction ? -1 : 1;
   uint32_t hidden_address = shared_address(&hidden[0][0]) + section_row(g >> 1, c);
   const bool reads_hidden = (g & 1) == 0;  // columns 2n + 1 of the product are never used
   float inverse_size = 1.f / static_cast<float>(2 * hidden_size);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   uint32_t statistics_load = shared_address(&statistics[g & 1][c]);
   pin(hidden_address);
   pin(copy_target), pin(wx_address), pin(sum_store), pin(sum_load), pin(statistics_load);
-  pin(source_step), pin(output_step), pin(rho_step), pin(inverse_size), pin(eps);
+  pin(source_step), pin(output_step), pin(inverse_size), pin(eps);
   cluster_barrier();
 
 #pragma unroll 1
@@ -268,10 +268,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T, int kCluster>
 cudaError_t launch_forward(const PersistentForward& p, cudaStream_t stream) {
-  const int64_t clusters = ceil_div(p.layer.rows(), kRows);
-  return p.layer.layer_norm
-             ? launch_clusters<kCluster>(forward_kernel<T, kCluster, true>, clusters, p, stream)
-             : launch_clusters<kCluster>(forward_kernel<T, kCluster, false>, clusters, p, stream);
+  const auto kernel =
+      p.layer.layer_norm ? forward_kernel<T, kCluster, true> : forward_kernel<T, kCluster, false>;
+  return ClusterKernel<PersistentForward>{kernel, kCluster, kThreads}.run(
+      ceil_div(p.layer.rows(), kRows), p, stream);
 }
 
 template <class T>
@@ -283,39 +283,42 @@ cudaError_t launch_forward(const PersistentForward& p, cudaStream_t stream) {
       return launch_forward<T, 8>(p, stream);
     case 512:
       return launch_forward<T, 16>(p, stream);
+    case kWideHidden:
+      return run_forward_wide(p, stream);
     default:
       return cudaErrorInvalidValue;
   }
 }
 
-// Clusters that run at once on the current device; 0 if it has none of this size.
-int resident_clusters(int cluster) {
-  switch (cluster) {
-    case 4:
-      return ClusterOccupancy<4>::of(forward_kernel<__nv_bfloat16, 4, true>).shared;
-    case 8:
-      return ClusterOccupancy<8>::of(forward_kernel<__nv_bfloat16, 8, true>).shared;
-    default:
-      return ClusterOccupancy<16>::of(forward_kernel<__nv_bfloat16, 16, true>).shared;
-  }
+template <int kCluster>
+int resident_clusters() {
+  return ClusterKernel<PersistentForward>{forward_kernel<__nv_bfloat16, kCluster, true>, kCluster,
+                                          kThreads}
+      .resident();
 }
 
 }  // namespace
 
 int padded_hidden(int64_t hidden) {
-  return hidden <= 128 ? 128 : hidden <= 256 ? 256 : hidden <= 512 ? 512 : 0;
+  for (const int padded : {128, 256, 512, kWideHidden})
+    if (hidden <= padded) return padded;
+  return 0;
 }
 
 PersistentPlan persistent_plan(int64_t hidden, DType operand_type) {
-  PersistentPlan plan = {nullptr, kRows, 0};
+  const int padded = padded_hidden(hidden);
+  PersistentPlan plan = {nullptr, padded == kWideHidden ? kWideRows : kRows, 0};
   if (operand_type != DType::kBFloat16 && operand_type != DType::kFloat16) {
     plan.reason = "the persistent kernels take bfloat16 and float16 operands only";
   } else if (hidden < 16 || hidden % 8 != 0) {
     plan.reason = "the hidden size is not a multiple of 8 from 16 on";
-  } else if (padded_hidden(hidden) == 0) {
-    plan.reason = "the hidden size is above 512";
+  } else if (padded == 0) {
+    plan.reason = "the hidden size is above 1024: the recurrent weight does not fit on chip";
   } else {
-    plan.resident_clusters = resident_clusters(padded_hidden(hidden) / kBlockUnits);
+    plan.resident_clusters = padded == 128   ? resident_clusters<4>()
+                             : padded == 256 ? resident_clusters<8>()
+                             : padded == 512 ? resident_clusters<16>()
+                                             : resident_clusters_wide();
     if (plan.resident_clusters == 0)
       plan.reason = "the GPU does not run thread-block clusters of the size needed";
   }
