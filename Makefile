@@ -45,8 +45,11 @@ help:
 	@echo "make clean            remove what was built (the environment .venv stays)"
 
 demo: $(BUILT_FOR_DEMO)
-	@echo "== Demo: a corpus, then the same CTC recipe with our encoder and with SpeechBrain's"
-	$(RUN) recipes/LibriSpeech/compare_epoch_time.py
+	@echo "== 1/2 Half an hour of synthetic speech in LibriSpeech's layout, in data/mini"
+	$(RUN) recipes/LibriSpeech/mini_librispeech.py data/mini
+	@echo "== 2/2 The CTC recipe with our encoders and with SpeechBrain's; tables in results/demo"
+	$(RUN) recipes/LibriSpeech/compare_epoch_time.py hparams/librispeech_ctc.yaml \
+		--overrides=hparams/mini.yaml --data_folder=data/mini --output_folder=results/demo
 
 test: $(BUILT)
 	@echo "== Tests"
@@ -77,13 +80,13 @@ clean:
 	@python3 -c "import sys; sys.version_info >= (3, 10) or sys.exit( \
 		'Python 3.10 or newer is needed; python3 here is ' + sys.version)"
 	python3 -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 .venv-torch213/.installed:
 	@echo "== Installing torch 2.13 into .venv-torch213"
 	python3 -m venv .venv-torch213
-	.venv-torch213/bin/python -m pip install --quiet --disable-pip-version-check \
+	.venv-torch213/bin/python -m pip install -qq --disable-pip-version-check \
 		torch==2.13.0 numpy pytest
 	@touch $@
 
