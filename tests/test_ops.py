@@ -191,7 +191,16 @@ def test_error_is_no_worse_than_the_loop(name, device, precision, option, bidire
 
 # H in steps of 8 from 16, at and beside the sizes that kernels pad to; rows that leave clusters
 # partly filled, or take several waves of them.
-HALF_SHAPES = [(1, 1, 16), (3, 7, 24), (5, 2, 136), (1, 31, 256), (70, 5, 512), (130, 3, 264)]
+HALF_SHAPES = [
+    (1, 1, 16),
+    (3, 7, 24),
+    (5, 2, 136),
+    (1, 31, 256),
+    (70, 5, 512),
+    (130, 3, 264),
+    (9, 3, 520),
+    (61, 4, 1024),
+]
 
 
 @pytest.mark.parametrize(
