@@ -1,0 +1,291 @@
+"""Result files of bench_rnn.py: merging, tables, the plot, and the comparison of two of them."""
+
+import json
+import math
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+PASSES = ("forward", "training")
+GROWTH_FROM = 1000  # steps: the longest length is compared with this one
+
+
+# ---- files
+
+
+def row_key(row):
+    names = ("case", "time", "cell", "contender", "precision", "pass")
+    return tuple(row.get(name) for name in names)
+
+
+def merged(old, new):
+    """The rows of two result files; those of `new` replace their like, unless skipped."""
+    result = {"runs": old["runs"] + new["runs"]}
+    for part in ("rows", "accuracy"):
+        rows = {row_key(row): row for row in old[part]}
+        for row in new[part]:
+            key = row_key(row)
+            if row["status"] != "skipped" or key not in rows:
+                rows[key] = row | {"run": row["run"] + len(old["runs"])}
+        result[part] = list(rows.values())
+    used = sorted({row["run"] for part in ("rows", "accuracy") for row in result[part]})
+    for row in result["rows"] + result["accuracy"]:
+        row["run"] = used.index(row["run"])
+    result["runs"] = [result["runs"][index] for index in used]
+    return result
+
+
+def read_results(path):
+    """A result file, or ValueError."""
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not {"runs", "rows", "accuracy"} <= results.keys():
+            raise ValueError("it lacks runs, rows or accuracy")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a result file of bench_rnn.py ({error})") from error
+    return results
+
+
+def as_json(results):
+    """JSON with one run or row a line."""
+    parts = []
+    for part, entries in results.items():
+        lines = ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries)
+        parts.append(f'"{part}": [\n{lines}\n]')
+    return "{" + ",\n".join(parts) + "}\n"
+
+
+def write_text(path, text):
+    """Replace a file as a whole, so that an interruption leaves the old or the new one."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def number(value):
+    """Three significant digits, without an exponent."""
+    if value is None:
+        return ""
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{min(max(digits, 0), 4)}f}"
+
+
+def markdown(results):
+    """Machine, times by length, growth, errors, and every row."""
+    parts = ["# Recurrent networks: times, memory, errors", describe_runs(results["runs"])]
+    for case in dict.fromkeys(row["case"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["case"] == case]
+        first = rows[0]
+        directions = "bidirectional" if first["bidirectional"] else "unidirectional"
+        parts.append(
+            f"## Case {case}: B={first['batch']}, I={first['features']}, H={first['hidden']}, "
+            f"layers={first['layers']}, {directions}\n\n"
+            "Median milliseconds, forward / training (forward and backward).\n\n"
+            + times_table(rows)
+        )
+    if growth := growth_table(results["rows"]):
+        parts.append("## Growth with L\n\n" + growth)
+    if results["accuracy"]:
+        sizes = results["accuracy"][0]
+        parts.append(
+            f"## Relative error against float64: one SLi-GRU layer, B={sizes['batch']}, "
+            f"T={sizes['time']}, H={sizes['hidden']}\n\n" + accuracy_table(results["accuracy"])
+        )
+    if results["rows"]:
+        parts.append("## Every row\n\n" + details_table(results["rows"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def describe_runs(runs):
+    lines = []
+    for index, run in enumerate(runs):
+        machine, versions = run["machine"], run["versions"]
+        gpu = f"{machine['gpu']} (driver {machine['driver']})" if machine["gpu"] else "no GPU"
+        lines.append(
+            f"- Run {index}, {run['date']}, commit {run['commit'] or 'unknown'}: {gpu}, "
+            f"{machine['cpu']} ({machine['cores']} cores); torch {versions['torch']}, CUDA "
+            f"{versions['cuda']}, cuDNN {versions['cudnn']}, SpeechBrain "
+            f"{versions['speechbrain']}, Python {versions['python']}"
+            f"{'; interrupted' if run['interrupted'] else ''}; `{run['command']}`"
+        )
+    return "\n".join(lines)
+
+
+def times_table(rows):
+    lengths = sorted({row["time"] for row in rows})
+    table = {}
+    for row in rows:
+        line = table.setdefault((row["contender"], row["cell"], row["precision"]), {})
+        shown = number(row["median_ms"]) if row["status"] == "measured" else row["status"]
+        line.setdefault(row["time"], {})[row["pass"]] = shown
+    body = [
+        [*key, *(" / ".join(line.get(n, {}).get(which, "-") for which in PASSES) for n in lengths)]
+        for key, line in table.items()
+    ]
+    headers = ["contender", "cell", "precision", *(f"L={n}" for n in lengths)]
+    return tabulate(body, headers, "github", disable_numparse=True, stralign="right")
+
+
+def growth_table(rows):
+    """Time at the longest length over that at GROWTH_FROM steps, beside the ratio of the two."""
+    lines = {}
+    for row in rows:
+        if row["status"] == "measured":
+            key = tuple(row[name] for name in ("case", "contender", "cell", "precision", "pass"))
+            lines.setdefault(key, {})[row["time"]] = row["median_ms"]
+    body = []
+    for key, times in lines.items():
+        longest = max(times)
+        if GROWTH_FROM in times and longest > GROWTH_FROM:
+            ratio = times[longest] / times[GROWTH_FROM]
+            body.append([*key, longest, f"{ratio:.2f}", f"{longest / GROWTH_FROM:g}"])
+    headers = ["case", "contender", "cell", "precision", "pass", "L"]
+    headers += [f"time / time at L={GROWTH_FROM}", "if linear"]
+    return tabulate(body, headers, "github", disable_numparse=True) if body else ""
+
+
+def accuracy_table(rows):
+    stock_errors = {
+        row["precision"]: row["errors"]
+        for row in rows
+        if row["contender"] == "stock-eager" and row["status"] == "measured"
+    }
+    body = []
+    for row in rows:
+        line = [row["contender"], row["precision"]]
+        if row["status"] != "measured":
+            body.append([*line, *[row["status"]] * 3, row["reason"]])
+            continue
+        line += [f"{row['errors'][key]:.2e}" for key in ("h", "dwx", "du")]
+        base = stock_errors.get(row["precision"], {})
+        # In float64 SpeechBrain's loop is the exact result itself: an error of 0.
+        ratios = [f"{row['errors'][k] / base[k]:.2f}" if base[k] else "-" for k in base]
+        body.append([*line, " / ".join(ratios)])
+    headers = ["contender", "precision", "h", "dwx", "dU", "over stock's: h / dwx / dU"]
+    return tabulate(body, headers, "github", disable_numparse=True)
+
+
+def details_table(rows):
+    names = ("run", "case", "time", "contender", "cell", "precision", "pass")
+    body = []
+    for row in rows:
+        line = [row[key] for key in names]
+        if row["status"] == "measured":
+            low, high = row["quartiles_ms"]
+            peak = row["peak_bytes"]
+            line += [
+                number(row["median_ms"]),
+                f"{number(low)} to {number(high)}",
+                len(row["times_ms"]),
+                number(row["us_per_step"]),
+                number(row["floor_fraction"]),
+                f"{peak / 2**20:.0f}" if peak is not None else "",
+                "",
+            ]
+        else:
+            line += [""] * 6 + [f"{row['status']}: {row['reason']}".replace("|", "/")]
+        body.append(line)
+    headers = ["run", "case", "L", "contender", "cell", "precision", "pass", "median ms"]
+    headers += ["quartiles ms", "passes", "us a step", "fraction of hop floor", "peak MiB", "note"]
+    return tabulate(body, headers, "github", disable_numparse=True)
+
+
+def plot(rows, path):
+    """Time against length, log-log, for the case with the most lengths: SLi-GRU and cuDNN's."""
+    rows = [row for row in rows if row["status"] == "measured" and row["cell"] != "ligru"]
+    if not rows:
+        return
+    lengths = {}
+    for row in rows:
+        lengths.setdefault(row["case"], set()).add(row["time"])
+    case = max(lengths, key=lambda name: len(lengths[name]))
+    rows = [row for row in rows if row["case"] == case]
+    # cuDNN's static kernel exists in fp16 alone, so it stands among the 16-bit curves.
+    panels = {"fp32, TF32 off": [], "bf16 (cudnn-lstm-static: fp16)": []}
+    for row in rows:
+        if row["precision"] == "fp32":
+            panels["fp32, TF32 off"].append(row)
+        elif row["precision"] == ("fp16" if row["contender"] == "cudnn-lstm-static" else "bf16"):
+            panels["bf16 (cudnn-lstm-static: fp16)"].append(row)
+    panels = {title: chosen for title, chosen in panels.items() if chosen}
+    if not panels:
+        return
+    names = dict.fromkeys(row["contender"] for chosen in panels.values() for row in chosen)
+    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    figure = Figure(figsize=(13, 4.2 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), len(PASSES), squeeze=False, sharex=True, sharey=True)
+    for line, (title, chosen) in zip(axes, panels.items(), strict=True):
+        for axis, which in zip(line, PASSES, strict=True):
+            for contender in colours:
+                points = sorted(
+                    (row["time"], row["median_ms"])
+                    for row in chosen
+                    if (row["contender"], row["pass"]) == (contender, which)
+                )
+                style = {"marker": "o", "markersize": 4, "color": colours[contender]}
+                style |= {"linewidth": 2.5 if contender.startswith("ours") else 1.2}
+                style |= {"linestyle": "--" if contender.endswith("-graph") else "-"}
+                if points:
+                    axis.plot(*zip(*points, strict=True), label=contender, **style)
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.set_title(f"{which}, {title}", fontsize=10)
+            axis.grid(which="both", alpha=0.25)
+            axis.set_xticks(sorted(lengths[case]), sorted(lengths[case]), minor=False)
+            axis.set_xticks([], minor=True)
+            axis.set_xlabel("L, steps")
+            axis.set_ylabel("ms")
+    # One legend for all panels, a colour for each contender.
+    handles = {}
+    for axis in axes.flat:
+        curves, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, curves, strict=True))
+    shown = [name for name in names if name in handles]
+    figure.legend([handles[name] for name in shown], shown, loc="outside right upper", fontsize=9)
+    first = rows[0]
+    figure.suptitle(
+        f"Case {case}: B={first['batch']}, I={first['features']}, H={first['hidden']}, "
+        f"layers={first['layers']}"
+    )
+    figure.savefig(path, dpi=130)
+
+
+# ---- comparison of two files
+
+
+def check(old_path, new_path, tolerance):
+    """Print what became slower, larger, less accurate or broken; return the exit status."""
+    old, new = read_results(old_path), read_results(new_path)
+    regressions, compared = [], 0
+    for part in ("rows", "accuracy"):
+        new_rows = {row_key(row): row for row in new[part]}
+        for row in old[part]:
+            other = new_rows.get(row_key(row))
+            if row["status"] != "measured" or other is None or other["status"] == "skipped":
+                continue
+            compared += 1
+            label = " ".join(str(part) for part in row_key(row) if part is not None)
+            if other["status"] == "failed":
+                regressions.append([label, "fails", other["reason"], ""])
+                continue
+            for name, before in metrics(row).items():
+                after = metrics(other).get(name)
+                if before and after is not None and not after <= before * (1 + tolerance):
+                    change = f"{before:.4g} -> {after:.4g}"
+                    regressions.append([label, name, change, after / before])
+    if not compared:
+        raise ValueError(f"{old_path} and {new_path} have no measured row in common")
+    measured = sum(row["status"] == "measured" for row in old["rows"] + old["accuracy"])
+    print(f"{compared} of {measured} measured rows compared, tolerance {tolerance:.0%}")
+    if regressions:
+        print(tabulate(regressions, ["row", "what", "old -> new", "ratio"], floatfmt=".2f"))
+    print(f"{len(regressions)} regression(s)")
+    return 1 if regressions else 0
+
+
+def metrics(row):
+    """What must not grow, by name."""
+    if "errors" in row:
+        return {f"error of {key}": value for key, value in row["errors"].items()}
+    return {"median_ms": row["median_ms"], "peak_bytes": row["peak_bytes"]}
