@@ -722,7 +722,7 @@ def run(options):
     bench_report.write_text(options.output / f"{stem}.md", text)
     bench_report.plot(results["rows"], options.output / f"{stem}.png")
     print(text)
-    print(f"written: {options.output / stem}.json, .md, .png", file=sys.stderr)
+    print(f"written: {options.output / stem}.*", file=sys.stderr)
     if this_run["interrupted"]:
         return 1 if this_run["interrupted"] == "GPULost" else 130
     failed = [row for row in bench.rows + bench.accuracy if row["status"] == "failed"]
