@@ -18,6 +18,10 @@ struct CpuSteps {
   static constexpr bool kTransposedProduct = true;
   static constexpr int64_t kChunkBytes = int64_t{8} << 20;  // near the last-level cache
 
+  // Centred when a LayerNorm follows: see cell.h.
+  Tensor recurrent_operand(const Inputs& in) const {
+    return in.layer_norm ? subtract_column_mean(in.u) : in.u;
+  }
   void forward_step(const ForwardStep& p, int64_t step) const { cpu::forward_step(p, step); }
   void gather_previous(const GatherPrevious& p) const { cpu::gather_previous(p); }
   void backward_step(const BackwardStep& p, int64_t step) const { cpu::backward_step(p, step); }

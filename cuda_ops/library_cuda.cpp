@@ -3,17 +3,40 @@
 //
 // persistent_obstacle  why the persistent backend cannot take a layer of this size on this device,
 //                      or "" if it can
+#include <map>
+#include <mutex>
+
+#include "operand.h"
 #include "persistent.h"
 #include "sweep.h"
 
 namespace sb_fast_sligru {
 namespace {
 
+void check_launch(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess,
+                  "sb_fast_sligru: a kernel did not launch: ", cudaGetErrorString(error));
+}
+
+// U as the products read it: centred when a LayerNorm follows, and rounded.
+Tensor recurrent_operand(const Inputs& in, cudaStream_t stream) {
+  if (!in.layer_norm) return torch::stable::to(in.u, in.operand_type);
+  const Tensor uc = new_empty(in.u, {2 * in.hidden(), in.hidden()}, in.operand_type);
+  check_launch(centre_recurrent_weight(in.u.const_data_ptr(), dtype_of(in.u.scalar_type()),
+                                       uc.mutable_data_ptr(), dtype_of(in.operand_type),
+                                       in.hidden(), stream));
+  return uc;
+}
+
 struct CudaSteps {
   static constexpr bool kTransposedProduct = false;
   static constexpr int64_t kChunkBytes = int64_t{64} << 20;
 
-  void* stream;
+  cudaStream_t stream;
+
+  Tensor recurrent_operand(const Inputs& in) const {
+    return sb_fast_sligru::recurrent_operand(in, stream);
+  }
 
   void forward_step(const ForwardStep& p, int64_t step) const {
     stepwise::forward_step(p, step, stream);
@@ -40,11 +63,6 @@ class OnDeviceOf {
 
 // ------------------------------------------------------------------------------------ persistent
 
-void check_launch(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "sb_fast_sligru: a persistent kernel did not launch: ",
-                  cudaGetErrorString(error));
-}
-
 // The persistent kernels read 16 bytes at a time.
 Tensor aligned(const Tensor& t) {
   constexpr int64_t kBytes = 16;
@@ -60,7 +78,7 @@ std::tuple<Tensor, Tensor> persistent_forward(const Inputs& in, cudaStream_t str
   Tensor h = new_empty(in.wx, {in.batch(), T, in.directions() * H}, in.u.scalar_type());
   Tensor rho = new_empty(in.wx, {in.layer_norm ? R : 0, T}, ScalarType::Float);
   if (R == 0 || T == 0) return {h, rho};
-  const Tensor u = recurrent_operand(in);
+  const Tensor u = recurrent_operand(in, stream);
   check_launch(run_forward({in.recurrence(), u.const_data_ptr(), h.mutable_data_ptr(),
                             in.layer_norm ? rho.mutable_data_ptr<float>() : nullptr},
                            stream));
@@ -95,7 +113,7 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
   Tensor grad_ln = need_ln ? new_zeros(in.wx, {4 * H}, fp32) : nothing();
 
   if (R > 0 && T > 0) {
-    const Tensor grad_h = aligned(grad_h_in), u = recurrent_operand(in);
+    const Tensor grad_h = aligned(grad_h_in), u = recurrent_operand(in, stream);
     const Tensor w_t = torch::stable::transpose(projection_operand(in, u), 0, 1);
     const int64_t width = w_t.size(1), padded = padded_hidden(H);
     const int64_t streams = coefficient_streams(ln);
@@ -170,9 +188,22 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
           needs.h0 ? grad_h0 : nothing(), half(0), half(2 * H)};
 }
 
+// Null if the persistent kernels take the layer, else why not. Asked once a device and size: the
+// answer takes the driver 20 us.
+const char* obstacle(int64_t hidden, ScalarType operand_type, int64_t device_index) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int64_t, ScalarType, int64_t>, const char*> answers;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, is_new] = answers.try_emplace({hidden, operand_type, device_index});
+  if (is_new) {
+    const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device_index));
+    entry->second = persistent_plan(hidden, dtype_of(operand_type)).reason;
+  }
+  return entry->second;
+}
+
 std::string persistent_obstacle(int64_t hidden, ScalarType operand_dtype, int64_t device_index) {
-  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device_index));
-  const char* reason = persistent_plan(hidden, dtype_of(operand_dtype)).reason;
+  const char* reason = obstacle(hidden, operand_dtype, device_index);
   return reason == nullptr ? "" : reason;
 }
 
@@ -183,7 +214,7 @@ bool use_persistent(const std::string& backend, const Inputs& in) {
   STD_TORCH_CHECK(backend == "stepwise" || backend == "persistent", "backend: got \"", backend,
                   "\", expected \"stepwise\" or \"persistent\" for tensors on a CUDA device");
   if (backend == "stepwise") return false;
-  const char* reason = persistent_plan(in.hidden(), dtype_of(in.operand_type)).reason;
+  const char* reason = obstacle(in.hidden(), in.operand_type, in.wx.get_device_index());
   STD_TORCH_CHECK(reason == nullptr, "backend: \"persistent\" cannot take this layer: ", reason);
   return true;
 }

@@ -6,14 +6,12 @@
 // candidate and of the gate, so only the row's sum (LayerNorm statistics, or its gradient's
 // projection) crosses threads. It is reduced in a fixed order, without atomics: same input, same
 // bits.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
+#include "convert.cuh"
 #include "recurrence.h"
 
 namespace sb_fast_sligru::stepwise {
@@ -21,27 +19,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <class To>
-__device__ __forceinline__ To narrow(float x) {
-  if constexpr (std::is_same_v<To, __half>) {
-    return __float2half_rn(x);
-  } else if constexpr (std::is_same_v<To, __nv_bfloat16>) {
-    return __float2bfloat16_rn(x);
-  } else {
-    return x;
-  }
-}
-
-template <class To>
-__device__ __forceinline__ To narrow(double x) {
-  return x;
-}
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }

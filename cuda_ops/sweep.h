@@ -1,7 +1,7 @@
 // Both passes over the sequence, written once for every backend that issues the recurrent product
-// step by step. A backend is a class `Steps` with the element kernels of recurrence.h (CpuSteps in
-// library.cpp, CudaSteps in library_cuda.cpp). Included by exactly those two files: the only ones
-// that see tensors.
+// step by step. A backend is a class `Steps`: the element kernels of recurrence.h and U as its
+// products read it (CpuSteps in library.cpp, CudaSteps in library_cuda.cpp). Included by exactly
+// those two files: the only ones that see tensors.
 //
 // Memory: the forward keeps h and rho; the backward recomputes U h_{t-1} with one product per chunk
 // of time, so its temporaries stay near Steps::kChunkBytes whatever T is.
@@ -222,14 +222,6 @@ inline void check_saved(const Inputs& in, const Tensor& grad_h, const Tensor& h,
                   "rho: got ", describe(rho), ", expected what the forward returned as rho");
 }
 
-// U as the products read it: centred in the accumulation type when a LayerNorm follows, then
-// rounded.
-inline Tensor recurrent_operand(const Inputs& in) {
-  Tensor u = torch::stable::to(in.u, in.acc_type());
-  if (in.layer_norm) u = subtract_column_mean(u);
-  return torch::stable::to(u, in.operand_type);
-}
-
 // ----------------------------------------------------------------------------------------------------
 // forward
 
@@ -241,7 +233,7 @@ std::tuple<Tensor, Tensor> forward_sweep(const Inputs& in, const Steps& steps) {
   Tensor rho = new_empty(in.wx, {in.layer_norm ? R : 0, T}, acc);
   if (R == 0 || T == 0) return {h, rho};
 
-  const Tensor uc = recurrent_operand(in);
+  const Tensor uc = steps.recurrent_operand(in);
   Tensor state = in.h0 ? torch::stable::clone(*in.h0) : new_zeros(in.wx, {R, H}, acc);
   const Tensor operand = in.operand_type == acc ? state : torch::stable::to(state, in.operand_type);
 
@@ -292,7 +284,7 @@ Gradients backward_sweep(const Inputs& in, const Tensor& grad_h_in, const Tensor
     return wanted ? sizes : std::vector<int64_t>{0};
   };
 
-  const Tensor uc = recurrent_operand(in), uc_t = torch::stable::transpose(uc, 0, 1);
+  const Tensor uc = steps.recurrent_operand(in), uc_t = torch::stable::transpose(uc, 0, 1);
   Tensor grad_wx = new_empty(in.wx, sizes_if(needs.wx, {B, T, 2 * H}), in.wx.scalar_type());
   Tensor grad_u = new_zeros(in.wx, sizes_if(needs.u, {2 * H, H}), acc);
   Tensor grad_ln_weight = new_zeros(in.wx, sizes_if(need_ln, {R, 2 * H}), acc);
