@@ -102,7 +102,10 @@ Tensor projection_operand(const Inputs& in, const Tensor& u) {
 
 Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const Tensor& h,
                               const Tensor& rho, Needs needs, cudaStream_t stream) {
-  constexpr int64_t kChunkBytes = int64_t{128} << 20;  // a launch costs about as much as 20 steps
+  // A launch of the sequential kernel costs about as much as 20 steps, once for every wave of its
+  // clusters: chunks of at least kChunkSteps, unless those need more than kMostBytes.
+  constexpr int64_t kChunkBytes = int64_t{256} << 20, kMostBytes = int64_t{1} << 30;
+  constexpr int64_t kChunkSteps = 100;
   const int64_t R = in.rows(), T = in.time(), H = in.hidden();
   const bool ln = in.layer_norm, need_ln = needs.ln && ln;
   const ScalarType fp32 = ScalarType::Float;
@@ -119,7 +122,9 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
     const int64_t streams = coefficient_streams(ln);
     const int64_t bytes_per_step =
         R * (4 * width + 2 * (H + streams * padded + 2 * padded + 2 * H));
-    const int64_t chunk = std::clamp<int64_t>(kChunkBytes / bytes_per_step, 1, T);
+    const int64_t bytes =
+        std::clamp<int64_t>(kChunkSteps * bytes_per_step, kChunkBytes, kMostBytes);
+    const int64_t chunk = std::clamp<int64_t>(bytes / bytes_per_step, 1, T);
 
     // The kernels see dense arrays of the chunk's own length, so the shorter chunk takes a front
     // part.

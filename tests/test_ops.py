@@ -237,7 +237,7 @@ def test_16_bit_activations(activation, bidirectional):
 @pytest.mark.gpu
 @each_direction
 def test_16_bit_chunks_of_time(bidirectional):
-    """Long enough for several of the 128 MiB chunks of the persistent backward."""
+    """Long enough for several of the 256 MiB chunks of the persistent backward."""
     arguments = make_inputs((16, 1201, 512), "sligru-affine-h0", bidirectional)
     arguments["activation"] = "tanh"
     upstream = upstream_for(arguments)
