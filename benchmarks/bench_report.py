@@ -1,7 +1,11 @@
-"""Result files of bench_rnn.py: merging, tables, the plot, and the comparison of two of them."""
+"""Result files of bench_rnn.py: merging, tables, the plot, and the comparison of two of them.
+
+python benchmarks/bench_report.py RESULTS.json README.md    # renew the README's measured table
+"""
 
 import json
 import math
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -251,6 +255,41 @@ def plot(rows, path):
     figure.savefig(path, dpi=130)
 
 
+# ---- the README's table
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+README_COLUMNS = (("A", 1000), ("A", 3000), ("B", 400), ("C", 400))
+README_PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def readme_block(results):
+    """What stands between the README's marks: SLi-GRU and cuDNN's networks, by contender."""
+    lines = {}
+    for row in results["rows"]:
+        column = (row["case"], row["time"])
+        wanted = column in README_COLUMNS and row["precision"] in README_PRECISIONS
+        if wanted and row["cell"] != "ligru" and row["status"] == "measured":
+            line = lines.setdefault((row["contender"], row["precision"]), {})
+            line.setdefault(column, {})[row["pass"]] = number(row["median_ms"])
+    body = []
+    for key, line in lines.items():
+        columns = (line.get(column, {}) for column in README_COLUMNS)
+        body.append([*key, *(" / ".join(c.get(which, "-") for which in PASSES) for c in columns)])
+    headers = ["network", "precision", *(f"{case}, L={time}" for case, time in README_COLUMNS)]
+    table = tabulate(body, headers, "github", disable_numparse=True, stralign="right")
+    return f"{BEGIN}\n{describe_runs(results['runs'])}\n\n{table}\n{END}"
+
+
+def renew_readme(results_path, readme_path):
+    """Replace the text between the marks in `readme_path`; ValueError if they are not there."""
+    text = Path(readme_path).read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{readme_path}: expected one {BEGIN} and one {END}")
+    before, _, rest = text.partition(BEGIN)
+    block = readme_block(read_results(results_path))
+    write_text(Path(readme_path), before + block + rest.partition(END)[2])
+
+
 # ---- comparison of two files
 
 
@@ -289,3 +328,9 @@ def metrics(row):
     if "errors" in row:
         return {f"error of {key}": value for key, value in row["errors"].items()}
     return {"median_ms": row["median_ms"], "peak_bytes": row["peak_bytes"]}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    renew_readme(*sys.argv[1:])
