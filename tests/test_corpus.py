@@ -139,8 +139,9 @@ def test_complete_corpus_is_reused_and_a_damaged_one_repaired(corpus, tmp_path, 
     assert contents(folder) == expected
     total = sum(soundfile.info(path).duration for path in utterances(folder))
     assert sum(seconds.values()) == pytest.approx(total)
-    # Complete: nothing may be spoken again.
-    monkeypatch.setattr(mini_librispeech, "ProcessPoolExecutor", None)
+    # Speech complete: nothing may be spoken again.
+    (folder / "SPEAKERS.TXT").unlink()
+    monkeypatch.setattr(mini_librispeech, "ThreadPoolExecutor", None)
     assert make_corpus(folder, SPLITS, seed=3) == seconds
     assert contents(folder) == expected
 

@@ -28,7 +28,7 @@ import multiprocessing
 import os
 import random
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -298,6 +298,13 @@ def speak(folder, speaker, seed):
     return total / SAMPLE_RATE
 
 
+def _in_fresh_process(function, *arguments):
+    # Python 3.10 has no max_tasks_per_child, and multiprocessing.Pool waits for ever for a worker
+    # that died.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def _chapter_folder(folder, speaker, chapter):
     return Path(folder) / speaker.split / str(speaker.identifier) / str(chapter)
 
@@ -411,16 +418,17 @@ def make_corpus(folder, splits=DEFAULT_SPLITS, seed=0, workers=None):
     missing = [speaker for speaker in speakers if seconds[speaker] is None]
     if missing:
         with (
-            ProcessPoolExecutor(
-                workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1
-            ) as pool,
+            ThreadPoolExecutor(workers or os.cpu_count()) as pool,
             tqdm(
                 total=sum(len(speaker.sentences) for speaker in missing),
                 desc="synthesising speech",
                 unit="utterance",
             ) as progress,
         ):
-            tasks = {pool.submit(speak, folder, speaker, seed): speaker for speaker in missing}
+            tasks = {
+                pool.submit(_in_fresh_process, speak, folder, speaker, seed): speaker
+                for speaker in missing
+            }
             try:
                 for task in as_completed(tasks):
                     seconds[tasks[task]] = task.result()
@@ -428,6 +436,7 @@ def make_corpus(folder, splits=DEFAULT_SPLITS, seed=0, workers=None):
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+    if missing or not (folder / "SPEAKERS.TXT").is_file():
         _write_atomically(folder / "SPEAKERS.TXT", _speaker_table(seconds))
     return {
         split: sum(seconds[speaker] for speaker in speakers if speaker.split == split)
