@@ -16,8 +16,6 @@
 // block sums. m2 travels beside them, under its own mbarrier. Both use two buffers in turn (see
 // exchange.cuh): a block writes step k + 1's only after it has all of step k's, which every block
 // sends after a __syncthreads that follows its last read of step k - 1's.
-#include <algorithm>
-
 #include "cluster_launch.cuh"
 #include "persistent_wide.cuh"
 

@@ -11,7 +11,7 @@
 namespace sb_fast_sligru {
 namespace {
 
-constexpr int kSharedFragments = 24;
+constexpr int kSharedFragments = 28;
 constexpr int kEarlyFragments = 6;  // read before the wait for the carries
 constexpr int kItems = 4;
 constexpr int kItemFragments = kWideFragments / kItems;  // [k-tile][tile]
@@ -32,7 +32,7 @@ struct Shared {
   uint8_t operand[2][kWideWarps][kOperandStride];  // dwx: [warp][row][c][a a z z]
   uint8_t ring[kRingSteps][kRhoOffset + kWideRows * 4];
   float m2_sums[2][kWideCluster][kWideRows];
-  float m2_terms[2][kWideWarps * 4][kWideRows];
+  float m2_terms[2][kWideWarps][32];  // [warp][lane]
   uint64_t barriers[4];
 };
 
@@ -79,43 +79,57 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   // the warp's share of `partial`: from global memory in whole lines, out of there transposed.
   const uint32_t first_target = 2 * warp + (rank & 1);
   uint32_t weights[Split::kInRegisters][4];
-  const uint32_t fragment_address = shared_address(&shared.fragments[0][warp][lane * 16]);
+  uint32_t fragment_address = shared_address(&shared.fragments[0][warp][lane * 16]);
   constexpr int kHalfItem = kItemFragments / 2;
   constexpr int kHalfTiles = kHalfItem / 2, kHalfRows = 8 * kHalfTiles;  // k-tiles; rows of a gate
   constexpr int kRowBytes = 32 * sizeof(T);
   const uint32_t scratch =
       shared_address(&shared.partial[0][0][0]) + warp * 2 * kHalfRows * kRowBytes;
   static_assert(sizeof(shared.partial) == kWideWarps * 2 * kHalfRows * kRowBytes);
+  // gamma of the block's rows, in `operand` for now: [gate][row].
+  auto* gamma = reinterpret_cast<float*>(&shared.operand[0][0][0]);
+  for (int i = threadIdx.x; i < 2 * kWideUnits; i += kWideThreads) {
+    const int row = block_unit0 + i % kWideUnits;
+    gamma[i] = kLayerNorm && ln_weight != nullptr && row < hidden_size
+                   ? ln_weight[i / kWideUnits * hidden_size + row]
+                   : 1.f;
+  }
+  __syncthreads();
 #pragma unroll
   for (int half = 0; half < 2 * kItems; half++) {
-    const int item = half / 2;
+    const int item = half / 2, half_row0 = half % 2 * kHalfRows;
     const int column0 = static_cast<int>(first_target ^ (item / 2)) * kWideUnits + item % 2 * 32;
     __syncwarp();
-#pragma unroll 2
+#pragma unroll 1
     for (int i = 0; i < 2 * kHalfRows * kRowBytes / kFragmentBytes; i++) {
       const int piece = i * 32 + lane, line = piece / 4, column = column0 + piece % 4 * 8;
-      const int row = block_unit0 + half % 2 * kHalfRows + line % kHalfRows;
-      uint4 bits = make_uint4(0, 0, 0, 0);
-      if (row < hidden_size && column < hidden_size) {
-        const int output = line / kHalfRows * hidden_size + row;
-        bits = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.u) +
-                                               int64_t{output} * hidden_size + column);
-        if (kLayerNorm && ln_weight != nullptr) bits = scale<T>(bits, ln_weight[output]);
-      }
-      store_uint4(scratch + piece * 16, bits);
+      const int row = block_unit0 + half_row0 + line % kHalfRows;
+      const bool valid = row < hidden_size && column < hidden_size;
+      const int output = line / kHalfRows * hidden_size + row;
+      copy_async_16_or_zeros(
+          scratch + piece * 16,
+          static_cast<const T*>(p.u) + (valid ? int64_t{output} * hidden_size + column : 0), valid);
     }
+    copy_async_commit();
+    copy_async_wait<0>();
     __syncwarp();
 #pragma unroll
     for (int k = 0; k < kHalfTiles; k++) {
       uint32_t a[2][4];
 #pragma unroll
       for (int gate = 0; gate < 2; gate++) {
-        const uint32_t from = scratch + (gate * kHalfRows + 8 * k + 2 * c) * kRowBytes + g * 8;
+        const int row = 8 * k + 2 * c;
+        const uint32_t from = scratch + (gate * kHalfRows + row) * kRowBytes + g * 8;
+        const float2 factor =
+            load_float2(shared_address(&gamma[gate * kWideUnits + half_row0 + row]));
         const uint2 even = load_uint2(from), odd = load_uint2(from + kRowBytes);
-        a[0][2 * gate] = __byte_perm(even.x, odd.x, 0x5410);  // low halves
-        a[0][2 * gate + 1] = __byte_perm(even.x, odd.x, 0x7632);
-        a[1][2 * gate] = __byte_perm(even.y, odd.y, 0x5410);
-        a[1][2 * gate + 1] = __byte_perm(even.y, odd.y, 0x7632);
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+          const float2 low = unpack_pair<T>(tile == 0 ? even.x : even.y);
+          const float2 high = unpack_pair<T>(tile == 0 ? odd.x : odd.y);
+          a[tile][2 * gate] = OperandTraits<T>::pack(low.x * factor.x, high.x * factor.y);
+          a[tile][2 * gate + 1] = OperandTraits<T>::pack(low.y * factor.x, high.y * factor.y);
+        }
       }
 #pragma unroll
       for (int tile = 0; tile < 2; tile++) {
@@ -130,16 +144,17 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       }
     }
   }
+  __syncthreads();  // the last use of gamma
   // Pieces of odd rows have their lanes exchanged by 8, against bank conflicts.
-  const uint32_t carry_send = shared_address(&shared.partial[0][rank][lane * kPieceBytes]);
+  uint32_t carry_send = shared_address(&shared.partial[0][rank][lane * kPieceBytes]);
   const int odd_row = 32 * kPieceBytes + ((lane ^ 8) - lane) * kPieceBytes;
   const int receive_lane = ((2 * (warp & 3) + (c >> 1)) * 4 + (g >> 1)) ^ ((g & 1) * 8);
-  const uint32_t carry_receive = shared_address(
+  uint32_t carry_receive = shared_address(
       &shared.partial[0][0][((warp >> 2) * 64 + (g & 1) * 32 + receive_lane) * kPieceBytes +
                             (c & 1) * 4]);
-  const uint32_t m2_rank = 2 * warp + ((lane >> 3) & 1);
-  const uint32_t m2_target =
-      remote_address(shared_address(&shared.m2_sums[0][rank][lane & 7]), m2_rank);
+  // Lane (g, c) sends m2 of row g to block 2 * warp + c, c < 2.
+  const uint32_t m2_rank = 2 * warp + (c & 1);
+  const uint32_t m2_target = remote_address(shared_address(&shared.m2_sums[0][rank][g]), m2_rank);
   const uint32_t m2_target_barrier = remote_address(m2_barrier, m2_rank);
 
   // Streams of one step: every thread copies at most two pieces of 16 bytes, 8 neighbouring threads
@@ -201,11 +216,11 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     copy_async_commit();
   };
 
-  const uint32_t stream_address =
+  uint32_t stream_address =
       shared_address(&shared.ring[0][g * kLineBytes + (warp ^ g) * 16 + 4 * c]);
-  const uint32_t grad_address = shared_address(&shared.ring[0][kGradOffset]) +
-                                ((g * kWideWarps + (warp ^ g)) * 8 + 2 * c) * grad_bytes;
-  const uint32_t rho_address = shared_address(&shared.ring[0][kRhoOffset + g * 4]);
+  uint32_t grad_address = shared_address(&shared.ring[0][kGradOffset]) +
+                          ((g * kWideWarps + (warp ^ g)) * 8 + 2 * c) * grad_bytes;
+  uint32_t rho_address = shared_address(&shared.ring[0][kRhoOffset + g * 4]);
   const bool grad_float = grad_h.is_float();
   float2 coefficients[kStreams], grad;
   float rho = 1.f;
@@ -232,17 +247,16 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   const Row output_row = locate_row(layer, row0 + warp);
   const bool stored = output_row.valid && block_unit0 + 2 * lane < hidden_size;
   const int output_last = (output_row.index + 1) * count - 1;
-  const uint32_t output_load =
-      shared_address(&shared.operand[0][lane >> 2][warp * 32 + (lane & 3) * 8]);
+  uint32_t output_load = shared_address(&shared.operand[0][lane >> 2][warp * 32 + (lane & 3) * 8]);
   const bool stores_m2 = kLayerNorm && rank == 0 && warp == 0 && c == 0 && row.valid;
   const int m2_last = (row.index + 1) * count - 1;
   float inverse_size = 1.f / static_cast<float>(2 * hidden_size);
 
-  const uint32_t operand_store = shared_address(&shared.operand[0][warp][g * 32 + c * 8]);
-  const uint32_t operand_load = shared_address(&shared.operand[0][0][g * 32 + c * 8]);
-  const uint32_t term_store = shared_address(&shared.m2_terms[0][warp * 4 + c][g]);
-  const uint32_t term_load = shared_address(&shared.m2_terms[0][0][0]) + lane * 4;
-  const uint32_t m2_load = shared_address(&shared.m2_sums[0][c][g]);
+  uint32_t operand_store = shared_address(&shared.operand[0][warp][g * 32 + c * 8]);
+  uint32_t operand_load = shared_address(&shared.operand[0][0][g * 32 + c * 8]);
+  uint32_t term_store = shared_address(&shared.m2_terms[0][warp][lane]);
+  uint32_t term_load = shared_address(&shared.m2_terms[0][0][lane]);
+  uint32_t m2_load = shared_address(&shared.m2_sums[0][c][g]);
   uint4 staged[kSharedFragments];
   const auto stage = [&](int from, int to) {
 #pragma unroll
@@ -250,7 +264,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       if (from <= i && i < to)
         staged[i] = load_uint4(fragment_address + i * sizeof(shared.fragments[0]));
   };
-  pin(inverse_size);
+  pin(inverse_size), pin(carry_receive), pin(operand_store), pin(operand_load), pin(term_store);
+  pin(term_load), pin(m2_load), pin(stream_address), pin(fragment_address);
   cluster_barrier();
   stage(0, kEarlyFragments);
 
@@ -318,9 +333,10 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       float sum = 0.f;
 #pragma unroll
       for (int i = 0; i < kWideWarps; i++)
-        sum += load_float(term_load + buffer * sizeof(shared.m2_terms[0]) + i * 128);
-      sum = add_lane_xor(add_lane_xor(sum, 8), 16);
-      if (lane < 2 * kWideRows)
+        sum += load_float(term_load + buffer * sizeof(shared.m2_terms[0]) +
+                          i * sizeof(shared.m2_terms[0][0]));
+      sum = add_lane_xor(add_lane_xor(sum, 1), 2);
+      if (c < 2)
         send(m2_target + buffer * kM2Traffic, m2_target_barrier + buffer * 8, __float_as_uint(sum));
     }
     send_item(kItems - 1);

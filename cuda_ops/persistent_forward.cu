@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   __shared__ alignas(128) uint8_t hidden[kBuffers][kHiddenBytes];
   __shared__ alignas(16) float statistics[kCluster][kRows];
-  __shared__ alignas(16) float warp_sums[kWarps][kRows];
+  __shared__ alignas(16) float warp_sums[2][kWarps][kRows];  // two in turn: one barrier a step
   __shared__ alignas(16) uint8_t ring[kRingSteps][kWarps][kRingBytes];
   __shared__ alignas(8) uint64_t barriers[kBuffers * kGroups + 1];
 
@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   float inverse_size = 1.f / static_cast<float>(2 * hidden_size);
   float eps = static_cast<float>(layer.eps);
   const Activation activation = layer.activation;
-  uint32_t sum_store = shared_address(&warp_sums[warp][c]);
-  uint32_t sum_load = shared_address(&warp_sums[0][lane % kRows]);
+  uint32_t sum_store = shared_address(&warp_sums[0][warp][c]);
+  uint32_t sum_load = shared_address(&warp_sums[0][0][lane % kRows]);
   uint32_t statistics_load = shared_address(&statistics[g & 1][c]);
   pin(hidden_address);
   pin(copy_target), pin(wx_address), pin(sum_store), pin(sum_load), pin(statistics_load);
@@ -204,12 +204,14 @@ __global__ void __launch_bounds__(kThreads, 2)
       float square = fmaf(r_a, r_a, r_z * r_z);
 #pragma unroll
       for (int offset = 4; offset < 32; offset *= 2) square = add_lane_xor(square, offset);
-      if (g == 0) store_float(sum_store, square);
+      const uint32_t turn = t % 2 * sizeof(warp_sums[0]);
+      if (g == 0) store_float(sum_store + turn, square);
       __syncthreads();
       if (lane < kWarpTargets * kRows) {
-        constexpr int kStride = sizeof(warp_sums[0]);
-        const float sum = (load_float(sum_load) + load_float(sum_load + kStride)) +
-                          (load_float(sum_load + 2 * kStride) + load_float(sum_load + 3 * kStride));
+        constexpr int kStride = sizeof(warp_sums[0][0]);
+        const uint32_t from = sum_load + turn;
+        const float sum = (load_float(from) + load_float(from + kStride)) +
+                          (load_float(from + 2 * kStride) + load_float(from + 3 * kStride));
         send(sum_target, sum_barrier, __float_as_uint(sum));
       }
     }

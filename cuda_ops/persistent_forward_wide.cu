@@ -12,7 +12,7 @@
 namespace sb_fast_sligru {
 namespace {
 
-constexpr int kSharedFragments = 18;
+constexpr int kSharedFragments = 22;
 constexpr int kTiles = 4;   // tiles of a warp, warps of a group
 constexpr int kGroups = 4;  // mbarriers under which h arrives
 constexpr int kGroupSlots = kWideCluster / kGroups;
@@ -32,11 +32,11 @@ struct Shared {
   static constexpr int kBuffers = kLayerNorm ? 1 : 2;
   alignas(1024) uint8_t hidden[kBuffers][kHiddenBytes];
   uint8_t fragments[kSharedFragments][kWideWarps][kFragmentBytes];
-  uint8_t partial[kWideWarps][kTiles][kPartialBytes];  // [tile][sender in its group]
+  uint8_t partial[kBuffers][kWideWarps][kTiles][kPartialBytes];  // [tile][sender in its group]
   float states[2][kWideRows][kStateStride];
   uint8_t ring[kRingSteps][kRingBytes];
   float statistics[kWideCluster][kWideRows];
-  float warp_sums[kWideRows][kWideWarps];
+  float warp_sums[2][kWideRows][kWideWarps];  // two in turn: one barrier a step
   uint64_t barriers[kBuffers * kGroups + 1];
 };
 
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   // Fragment 4o + m: slot o, tile quarter ^ m of the group, so that a warp's own tile is m = 0.
   // Lane c multiplies units 4c..4c+3 of the quarter.
   uint32_t weights[Split::kInRegisters][4];
-  const uint32_t fragment_address = shared_address(&shared.fragments[0][warp][lane * 16]);
+  uint32_t fragment_address = shared_address(&shared.fragments[0][warp][lane * 16]);
 #pragma unroll
   for (int f = 0; f < kWideFragments; f++) {
     const int column = (rank ^ (f / kTiles)) * kWideUnits + 16 * quarter + 4 * c;
@@ -135,19 +135,19 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       beta_a = ln_bias[unit], beta_z = ln_bias[hidden_size + unit];
   }
 
-  const uint32_t hidden_load =
+  uint32_t hidden_load =
       shared_address(&shared.hidden[0][section_row(g, 2 * quarter + (c >> 1)) + (c & 1) * 8]);
   // After transpose() lane (g, c) holds units 2c, 2c + 1 of row g.
-  const uint32_t hidden_send = shared_address(&shared.hidden[0][section_row(g, warp) + c * 4]);
+  uint32_t hidden_send = shared_address(&shared.hidden[0][section_row(g, warp) + c * 4]);
   const uint32_t sum_rank = 2 * warp + ((lane >> 3) & 1);
   const uint32_t sum_target =
       remote_address(shared_address(&shared.statistics[rank][lane & 7]), sum_rank);
   const uint32_t sum_barrier = remote_address(statistics_barrier, sum_rank);
-  const uint32_t sum_store = shared_address(&shared.warp_sums[local_row + (g & 1)][warp]);
-  const uint32_t sum_load = shared_address(&shared.warp_sums[lane & 7][0]);
-  const uint32_t statistics_load = shared_address(&shared.statistics[g][local_row]);
-  const uint32_t partial_store = shared_address(&shared.partial[0][quarter][lane * 16]);
-  const uint32_t partial_load = shared_address(&shared.partial[warp][0][lane * 16]);
+  uint32_t sum_store = shared_address(&shared.warp_sums[0][local_row + (g & 1)][warp]);
+  uint32_t sum_load = shared_address(&shared.warp_sums[0][lane & 7][0]);
+  uint32_t statistics_load = shared_address(&shared.statistics[g][local_row]);
+  uint32_t partial_store = shared_address(&shared.partial[0][0][quarter][lane * 16]);
+  uint32_t partial_load = shared_address(&shared.partial[0][warp][0][lane * 16]);
 
   // wx in whole 128-byte lines: 8 neighbouring threads a line. In the ring: [row][a, z][8 units of
   // a warp], warps permuted by row against bank conflicts.
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       (ring_section(copy_local_row % kWideRows, copy_half, copy_section) * pieces +
        threadIdx.x % pieces) *
           16;
-  const uint32_t wx_address =
+  uint32_t wx_address =
       shared_address(&shared.ring[0][0]) + (ring_section(local_row, 0, warp) * 8 + g) * wx_bytes;
   const uint32_t wx_half_bytes = kWideUnits * wx_bytes;
   const auto fetch = [&](int n) {
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   char* output = const_cast<char*>(outputs.at(
       layer, output_row, 0, output_row.direction * hidden_size + block_unit0 + 2 * lane));
   int64_t output_step = outputs.step_bytes(output_row);
-  const uint32_t own_slot =
+  uint32_t own_slot =
       shared_address(&shared.hidden[0][section_row(warp, lane >> 2) + (lane & 3) * 4]);
   const uint32_t state_store = shared_address(&shared.states[0][local_row][warp * 8 + g]);
   const uint32_t state_load = shared_address(&shared.states[0][warp][2 * lane]);
@@ -218,6 +218,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   float eps = static_cast<float>(layer.eps);
   const Activation activation = layer.activation;
   pin(source_step), pin(output_step), pin(inverse_size), pin(eps);
+  pin(hidden_load), pin(hidden_send), pin(sum_store), pin(sum_load), pin(statistics_load);
+  pin(partial_store), pin(partial_load), pin(own_slot), pin(wx_address), pin(fragment_address);
   __syncthreads();
   cluster_barrier();
 
@@ -260,7 +262,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     const uint32_t own_words = load_uint(own_slot + buffer * kHiddenBytes);  // h_{t-1}
 #pragma unroll
     for (int m = 1; m < kTiles; m++)
-      store_uint4(partial_store + (warp ^ m) * sizeof(shared.partial[0]),
+      store_uint4(partial_store + buffer * sizeof(shared.partial[0]) +
+                      (warp ^ m) * sizeof(shared.partial[0][0]),
                   make_uint4(__float_as_uint(sums[m][0]), __float_as_uint(sums[m][1]),
                              __float_as_uint(sums[m][2]), __float_as_uint(sums[m][3])));
     if (kLayerNorm)
@@ -269,7 +272,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       __syncthreads();  // for the ring: with the norm, the one below serves
 #pragma unroll
     for (int m = 1; m < kTiles; m++) {
-      const float4 x = load_float4(partial_load + (quarter ^ m) * kPartialBytes);
+      const float4 x = load_float4(partial_load + buffer * sizeof(shared.partial[0]) +
+                                   (quarter ^ m) * kPartialBytes);
       sums[0][0] += x.x, sums[0][1] += x.y, sums[0][2] += x.z, sums[0][3] += x.w;
     }
     float r_a[2] = {sums[0][0], sums[0][1]}, r_z[2] = {sums[0][2], sums[0][3]};
@@ -280,10 +284,11 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       float sum = (g & 1) ? square[1] : square[0];  // lane g: row 2c + (g & 1)
       sum += __shfl_xor_sync(0xffffffffu, (g & 1) ? square[0] : square[1], 4);
       sum = add_lane_xor(add_lane_xor(sum, 8), 16);
-      if (g < 2) store_float(sum_store, sum);
+      const uint32_t turn = t % 2 * sizeof(shared.warp_sums[0]);
+      if (g < 2) store_float(sum_store + turn, sum);
       __syncthreads();
       if (lane < 2 * kWideRows) {
-        const float4 x = load_float4(sum_load), y = load_float4(sum_load + 16);
+        const float4 x = load_float4(sum_load + turn), y = load_float4(sum_load + turn + 16);
         send(sum_target, sum_barrier,
              __float_as_uint(((x.x + x.y) + (x.z + x.w)) + ((y.x + y.y) + (y.z + y.w))));
       }

@@ -1,8 +1,6 @@
 // The elementwise passes around the sequential backward kernel: everything that does not depend on
 // the order of time steps. The algebra is at the head of persistent_backward.cu. Every thread
 // handles 8 neighbouring units, 16 bytes of the operand type.
-#include <algorithm>
-
 #include "cluster_launch.cuh"
 #include "persistent.cuh"
 

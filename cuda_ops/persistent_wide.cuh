@@ -74,14 +74,11 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t x) {
                      OperandTraits<T>::to_float(static_cast<uint16_t>(x >> 16)));
 }
 
-// 8 operands times `factor`.
-template <class T>
-__device__ __forceinline__ uint4 scale(const uint4& x, float factor) {
-  const auto scale_pair = [&](uint32_t word) {
-    const float2 pair = unpack_pair<T>(word);
-    return OperandTraits<T>::pack(pair.x * factor, pair.y * factor);
-  };
-  return make_uint4(scale_pair(x.x), scale_pair(x.y), scale_pair(x.z), scale_pair(x.w));
+__device__ __forceinline__ void copy_async_16_or_zeros(uint32_t shared, const void* global,
+                                                       bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
 }
 
 // bar.sync of the `threads` threads that use barrier `id` (0 is __syncthreads).
