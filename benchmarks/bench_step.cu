@@ -1,0 +1,187 @@
+// Times the persistent kernels alone, without torch: microseconds a time step of each launch, on
+// random inputs. The figures of benchmarks/README.md.
+//
+//   nvcc -O3 -std=c++20 -gencode=arch=compute_90a,code=sm_90a -Icuda_ops -o bench_step
+//        benchmarks/bench_step.cu cuda_ops/persistent*.cu
+//   ./bench_step
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "persistent.h"
+
+using namespace sb_fast_sligru;
+
+namespace {
+
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(error));
+  std::exit(1);
+}
+
+// Device memory until the end of the case.
+class Arena {
+ public:
+  ~Arena() {
+    for (void* pointer : pointers_) cudaFree(pointer);
+  }
+  void* take(size_t bytes) {
+    void* pointer = nullptr;
+    check(cudaMalloc(&pointer, bytes));
+    pointers_.push_back(pointer);
+    return pointer;
+  }
+  float* floats(size_t count) { return static_cast<float*>(take(4 * count)); }
+
+ private:
+  std::vector<void*> pointers_;
+};
+
+__device__ float uniform(uint64_t i) {  // in [-1, 1)
+  i = (i + 1) * 0x9E3779B97F4A7C15ull;
+  i = (i ^ (i >> 29)) * 0xBF58476D1CE4E5B9ull;
+  return static_cast<float>(i >> 40) * (1.f / 8388608.f) - 1.f;
+}
+
+__global__ void fill(void* data, DType type, size_t count, float scale) {
+  const size_t stride = size_t{gridDim.x} * blockDim.x;
+  for (size_t i = size_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += stride) {
+    const float x = uniform(i) * scale;
+    if (type == DType::kFloat32)
+      static_cast<float*>(data)[i] = x;
+    else if (type == DType::kBFloat16)
+      static_cast<uint16_t*>(data)[i] = static_cast<uint16_t>(__float_as_uint(x) >> 16);
+    else
+      static_cast<__half*>(data)[i] = __float2half(x);
+  }
+}
+
+// Keeps the GPU busy until the host has queued what is to be timed.
+__global__ void spin(int64_t cycles) {
+  const int64_t start = clock64();
+  while (clock64() - start < cycles) {
+  }
+}
+
+struct Case {
+  const char* name;
+  int batch, directions, steps, hidden, chunk;
+  bool layer_norm = true;
+  DType operand = DType::kBFloat16;
+  DType sequences = DType::kBFloat16;  // of wx and h
+  Activation activation = Activation::kRelu;
+};
+
+size_t bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+
+// Median of 7 launches, after one that is not counted.
+template <class Launch>
+double microseconds(const Launch& launch) {
+  cudaEvent_t start, stop;
+  check(cudaEventCreate(&start));
+  check(cudaEventCreate(&stop));
+  std::vector<float> times;
+  for (int i = 0; i < 8; i++) {
+    spin<<<1, 1>>>(200000);
+    check(cudaEventRecord(start));
+    check(launch());
+    check(cudaEventRecord(stop));
+    check(cudaEventSynchronize(stop));
+    float milliseconds = 0;
+    check(cudaEventElapsedTime(&milliseconds, start, stop));
+    if (i > 0) times.push_back(1e3f * milliseconds);
+  }
+  cudaEventDestroy(start);
+  cudaEventDestroy(stop);
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+void run(const Case& c) {
+  Arena arena;
+  const auto random = [&](DType type, size_t count, float scale) {
+    void* data = arena.take(bytes(type) * count);
+    fill<<<1024, 256>>>(data, type, count, scale);
+    return data;
+  };
+  const size_t rows = size_t{1} * c.batch * c.directions, hidden = c.hidden;
+  const size_t tokens = size_t{1} * c.batch * c.steps, row_steps = rows * c.chunk;
+  const size_t padded = padded_hidden(c.hidden);
+
+  Recurrence layer = {};
+  layer.batch = c.batch, layer.time = c.steps, layer.hidden = c.hidden;
+  layer.directions = c.directions;
+  layer.layer_norm = c.layer_norm, layer.eps = 1e-5, layer.activation = c.activation;
+  layer.wx_type = c.sequences, layer.operand_type = c.operand, layer.output_type = c.sequences;
+  layer.wx = random(c.sequences, tokens * 2 * hidden, 2.f);
+  layer.wx_batch_stride = int64_t{2} * c.hidden * c.steps, layer.wx_time_stride = 2 * c.hidden;
+  layer.drop_mask = random(DType::kFloat32, rows * hidden, 1.f);
+
+  PersistentForward forward = {};
+  forward.layer = layer;
+  forward.u = random(c.operand, 2 * hidden * hidden, 1.8f / std::max(c.hidden / 16, 1));
+  forward.h = arena.take(tokens * c.directions * hidden * bytes(c.sequences));
+  forward.rho = c.layer_norm ? arena.floats(rows * c.steps) : nullptr;
+
+  PersistentBackward backward = {};
+  backward.layer = layer;
+  backward.u = forward.u, backward.h = forward.h, backward.rho = forward.rho;
+  backward.first = c.steps - c.chunk, backward.count = c.chunk;
+  backward.grad_h = random(c.sequences, tokens * c.directions * hidden, 1.f);
+  backward.grad_h_time_stride = c.directions * c.hidden;
+  backward.grad_h_batch_stride = backward.grad_h_time_stride * c.steps;
+  backward.dwx = arena.take(tokens * 2 * hidden * bytes(c.sequences));
+  backward.carry = static_cast<float*>(random(DType::kFloat32, rows * hidden, 0.f));
+  backward.h_previous = arena.take(2 * row_steps * hidden);
+  backward.projection = static_cast<float*>(random(DType::kFloat32, 3 * row_steps * hidden, 0.3f));
+  backward.coefficients = arena.take(2 * row_steps * coefficient_streams(c.layer_norm) * padded);
+  backward.dwx_rows = arena.take(2 * row_steps * 2 * padded);
+  backward.m2 = c.layer_norm ? arena.floats(row_steps) : nullptr;
+  backward.dr = arena.take(2 * row_steps * 2 * hidden);
+
+  const auto step = [](int steps, const auto& launch) { return microseconds(launch) / steps; };
+  const double times[5] = {step(c.steps, [&] { return run_forward(forward, nullptr); }),
+                           step(c.chunk, [&] { return gather_h_previous(backward, nullptr); }),
+                           step(c.chunk, [&] { return prepare_backward(backward, nullptr); }),
+                           step(c.chunk, [&] { return run_backward(backward, nullptr); }),
+                           step(c.chunk, [&] { return finish_backward(backward, nullptr); })};
+  std::printf("%-26s %4zu %5d %5d %5d  %7.3f %7.3f  %7.3f %7.3f %7.3f\n", c.name, rows, c.hidden,
+              c.steps, c.chunk, times[0], times[3], times[1], times[2], times[4]);
+}
+
+}  // namespace
+
+int main() {
+  cudaDeviceProp device = {};
+  check(cudaGetDeviceProperties(&device, 0));
+  std::printf("%s; us a step, launch included\n", device.name);
+  std::printf("%-26s %4s %5s %5s %5s  %7s %7s  %7s %7s %7s\n", "", "rows", "H", "T", "chunk",
+              "forward", "backward", "gather", "prepare", "finish");
+  for (const Case& c : std::vector<Case>{
+           {"SLi-GRU bfloat16", 16, 1, 1000, 512, 250},
+           {"SLi-GRU bfloat16", 16, 1, 4000, 512, 1000},
+           {"SLi-GRU float16", 16, 1, 4000, 512, 1000, true, DType::kFloat16, DType::kFloat16},
+           {"bfloat16, float wx and h", 16, 1, 4000, 512, 1000, true, DType::kBFloat16,
+            DType::kFloat32},
+           {"SLi-GRU bfloat16, tanh", 16, 1, 4000, 512, 1000, true, DType::kBFloat16,
+            DType::kBFloat16, Activation::kTanh},
+           {"Li-GRU bfloat16", 16, 1, 4000, 512, 1000, false},
+           {"SLi-GRU bfloat16", 28, 2, 1000, 512, 250},
+           {"SLi-GRU bfloat16", 24, 2, 400, 1024, 100},
+           {"SLi-GRU bfloat16", 24, 2, 1600, 1024, 400},
+           {"SLi-GRU float16", 24, 2, 1600, 1024, 400, true, DType::kFloat16, DType::kFloat16},
+           {"bfloat16, float wx and h", 24, 2, 1600, 1024, 400, true, DType::kBFloat16,
+            DType::kFloat32},
+           {"Li-GRU bfloat16", 24, 2, 1600, 1024, 400, false},
+           {"SLi-GRU bfloat16", 120, 2, 400, 1024, 100},
+           {"SLi-GRU bfloat16", 16, 1, 4000, 256, 1000},
+           {"SLi-GRU bfloat16", 60, 1, 4000, 256, 1000},
+           {"SLi-GRU bfloat16", 16, 1, 4000, 128, 1000}})
+    run(c);
+  return 0;
+}
