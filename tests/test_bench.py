@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -262,3 +263,12 @@ def test_every_contender_runs_on_a_gpu(bench_rnn, tmp_path):
         "stock-graph",
         "stock-jit",
     }
+
+
+def test_the_readme_shows_the_committed_results(bench_rnn):
+    report = sys.modules["bench_report"]
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    shown = re.search(f"{report.BEGIN}.*{report.END}", readme, re.DOTALL)[0]
+    (name,) = re.findall(r"\(benchmarks/results/(\S+)\.png\)", readme)
+    results = report.read_results(FOLDER / "results" / f"{name}.json")
+    assert shown == report.readme_block(results)
