@@ -55,7 +55,7 @@ demo: $(BUILT_FOR_DEMO)
 	$(RUN) $(RECIPE)/train_ctc.py $(MINI) --output_folder=results/demo/ctc
 	@echo "== Demo 3/3 (3 minutes): epoch times with our RNNs and with SpeechBrain's"
 	$(RUN) $(RECIPE)/compare_epoch_time.py $(MINI) --output_folder=results/demo/epoch_time \
-		--batches=12 --rnn_neurons=256 --time_pooling_size=1
+		--batches=12 --lr=0.001 --rnn_neurons=256 --time_pooling_size=1
 
 test: $(BUILT)
 	@echo "== Tests"

@@ -143,7 +143,8 @@ def test_losses_beyond_the_seeds_spread_are_refused():
     stock, other = [3.0, 2.0, 1.0], [3.1, 1.9, 1.1]
     entry = compare.check_seed_spread("Li-GRU", [2.9, 2.1, 1.0], stock, other)
     assert entry["stock_and_other_seed"] == pytest.approx(0.1)
-    for ours in ([3.5, 2.5, 1.5], [float("nan")] * 3):
+    assert entry["bound"] == pytest.approx(0.1 * (1 + 10 / 3**0.5))
+    for ours in ([4.0, 3.0, 2.0], [float("nan")] * 3):
         with pytest.raises(Refused, match="Li-GRU: our losses differ from stock's"):
             compare.check_seed_spread("Li-GRU", ours, stock, other)
 
