@@ -53,9 +53,9 @@ demo: $(BUILT_FOR_DEMO)
 	$(RUN) $(RECIPE)/mini_librispeech.py data/mini
 	@echo "== Demo 2/3 (3 minutes): the CTC recipe with our SLi-GRU, on unseen speakers at the end"
 	$(RUN) $(RECIPE)/train_ctc.py $(MINI) --output_folder=results/demo/ctc
-	@echo "== Demo 3/3 (3 minutes): epoch times with our RNNs and with SpeechBrain's"
+	@echo "== Demo 3/3 (2 to 3 minutes): epoch times with our RNNs and with SpeechBrain's"
 	$(RUN) $(RECIPE)/compare_epoch_time.py $(MINI) --output_folder=results/demo/epoch_time \
-		--batches=12 --lr=0.001 --rnn_neurons=256 --time_pooling_size=1
+		--batches=12 --lr=0.001 --time_pooling_size=1
 
 test: $(BUILT)
 	@echo "== Tests"
