@@ -630,7 +630,7 @@ def conditions(report):
 def _where(report):
     machine, settings, data = report["machine"], report["settings"], report["data"]
     tf32 = " with TF32" if settings["tf32"]["matmul"] and machine["gpu"] else ""
-    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread(s)"
     extent = f"all {data['batches']} batches of an epoch"
     if data["batches"] < data["batches_in_epoch"]:
         extent = f"from {data['batches']} of an epoch's {data['batches_in_epoch']} batches"
