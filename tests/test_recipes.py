@@ -303,7 +303,7 @@ def test_vocabulary_is_sized_down_on_a_small_corpus(tmp_path, caplog, token_type
     hparams = load_hparams([*argv, f"--token_type={token_type}"])
     for _ in range(2):  # the second time it is loaded
         caplog.clear()
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.WARNING, logger="train_ctc"):
             tokenizer = train_ctc.load_tokenizer(hparams)
         size = tokenizer.sp.vocab_size()
         assert "vocab_size 1000 is more than the train transcripts can fill" in caplog.text
@@ -331,7 +331,7 @@ def test_more_tokens_than_frames_are_refused(tmp_path, caplog):
     data.data_ids = list(data.data)
     for utterance in ("u1", "u2", "u3"):
         data.data[utterance]["duration"] = 5.0
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="train_ctc"):
         train_ctc.check_alignable(data, tokenizer, frames_per_second=24)
     assert "1 of 1004 train utterances (such as u0)" in caplog.text
 
