@@ -20,6 +20,11 @@ BUILD := $(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 endif
 
+# Threads that wait for work sleep. By default they spin, and where another program keeps one of the
+# cores busy, a training step on small tensors then takes five times as long.
+OMP_WAIT_POLICY ?= passive
+export OMP_WAIT_POLICY
+
 # CUDA code is built for the visible GPU, else for Hopper alone: setup.py's own default, every
 # supported architecture, takes too long for a test. 9.0 becomes 9.0a, which clusters need.
 GPU_ARCHS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
