@@ -398,7 +398,7 @@ def make_corpus(folder, splits=DEFAULT_SPLITS, seed=0, workers=None):
     if importlib.util.find_spec("espeakng_loader") is None:
         raise ModuleNotFoundError(
             "the corpus generator needs espeakng-loader (a GPL speech synthesiser): "
-            'pip install "sb_fast_sligru[corpus]"'
+            "pip install espeakng-loader, or the package's extra [corpus]"
         )
     for split, sizes in splits.items():
         if min(sizes) < 1:
