@@ -269,6 +269,6 @@ def test_the_readme_shows_the_committed_results(bench_rnn):
     report = sys.modules["bench_report"]
     readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
     shown = re.search(f"{report.BEGIN}.*{report.END}", readme, re.DOTALL)[0]
-    (name,) = re.findall(r"\(benchmarks/results/(\S+)\.png\)", readme)
+    (name,) = re.findall(r"!\[Time against.*\]\(benchmarks/results/(\S+)\.png\)", readme)
     results = report.read_results(FOLDER / "results" / f"{name}.json")
     assert shown == report.readme_block(results)
