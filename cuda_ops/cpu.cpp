@@ -52,8 +52,8 @@ SLIGRU_HD void copy_or_fill(const T* from, T value, int64_t n, T* to) {
 }
 
 // sigmoid(x) = 1 / (1 + exp(-x)). For float, exp by range reduction and a polynomial (Cephes'
-// coefficients, relative error below 2e-7), because libm's expf is a call and stops the loop from
-// vectorising.
+// coefficients, accurate to float's own rounding), because libm's expf is a call and stops the loop
+// from vectorising.
 SLIGRU_HD double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
 SLIGRU_HD float sigmoid(float x) {

@@ -1,7 +1,6 @@
 // U as the recurrent products read it: Uc = U - columnmean(U) in the accumulation type, then
-// rounded to the operand type, in one launch. The same as four of torch's operations, which cost 20
-// us of GPU and 50 to 100 us of host time a call (H200, H = 512): as much as 25 time steps of the
-// persistent kernel.
+// rounded to the operand type, in one launch. As four of torch's operations it would cost four
+// launches, each as long for the host as many time steps of the persistent kernel.
 //
 // Layout: a block owns kColumns neighbouring columns, a warp reads a row of them; the warps'
 // partial sums are added in a fixed order.

@@ -237,8 +237,7 @@ std::tuple<Tensor, Tensor> forward_sweep(const Inputs& in, const Steps& steps) {
   Tensor state = in.h0 ? torch::stable::clone(*in.h0) : new_zeros(in.wx, {R, H}, acc);
   const Tensor operand = in.operand_type == acc ? state : torch::stable::to(state, in.operand_type);
 
-  // r = operand Uc^T. BLAS on the CPU is fastest when it writes r transposed (0.6 to 0.8 of the
-  // time at R = 16).
+  // r = operand Uc^T. BLAS on the CPU is fastest when it writes r transposed.
   const Tensor uc_t = torch::stable::transpose(uc, 0, 1),
                operand_t = torch::stable::transpose(operand, 0, 1);
   const Tensor r = Steps::kTransposedProduct ? new_empty(in.wx, {2 * H, R}, acc)
