@@ -1,7 +1,9 @@
 """The synthetic corpus and the manifests of LibriSpeech's layout."""
 
 import csv
+import ctypes
 import json
+import random
 import re
 import shutil
 
@@ -10,8 +12,16 @@ import numpy as np
 import prepare
 import pytest
 import soundfile
-from mini_librispeech import DEFAULT_SPLITS, draw_sentences, make_corpus, plan_speakers
+from mini_librispeech import (
+    ACCENTS,
+    DEFAULT_SPLITS,
+    Engine,
+    draw_sentences,
+    make_corpus,
+    plan_speakers,
+)
 from prepare import prepare_librispeech
+from sentences import LargeGrammar, SmallGrammar, ending
 from speechbrain.dataio.dataio import read_audio
 from speechbrain.dataio.dataset import DynamicItemDataset
 
@@ -98,26 +108,92 @@ def test_audio_format_and_level(corpus):
     assert 2.3 < words / sum(durations) < 3.1  # LibriSpeech: 2.7 words/s
 
 
-def test_splits_share_no_voice_and_no_sentence():
-    speakers = plan_speakers(DEFAULT_SPLITS, seed=0)
+def words_of(speakers):
+    return [word for speaker in speakers for text in speaker.sentences for word in text.split()]
+
+
+@pytest.mark.parametrize("vocabulary", ["small", "large"])
+def test_splits_share_no_voice_and_no_sentence(vocabulary):
+    splits = DEFAULT_SPLITS[vocabulary]
+    speakers = plan_speakers(splits, 0, vocabulary)
     for attribute in ("identifier", "voice"):
         groups = {
             split: {getattr(speaker, attribute) for speaker in speakers if speaker.split == split}
-            for split in DEFAULT_SPLITS
+            for split in splits
         }
         assert sum(map(len, groups.values())) == len(set().union(*groups.values()))
     sentences = [sentence for speaker in speakers for sentence in speaker.sentences]
-    assert len(set(sentences)) == len(sentences) == 20 * 25 + 4 * 15 + 8 * 15
-    assert 40 <= len({word for sentence in sentences for word in sentence.split()}) <= 60
+    assert len(set(sentences)) == len(sentences)
+    assert len(sentences) == sum(count * each for count, each in splits.values())
+    size = len(set(words_of(speakers)))
+    assert 40 <= size <= 60 if vocabulary == "small" else 2600 <= size <= 2800
 
 
-def test_more_hours_leave_dev_and_test_as_they_are():
+def test_large_vocabulary_is_learnt_from_train_alone():
+    for hours, unknown in ((3, 0.02), (5, 0.01)):
+        splits = mini_librispeech.splits_for_hours(hours, "large")
+        speakers = plan_speakers(splits, 0, "large")
+        train = set(words_of(speaker for speaker in speakers if speaker.split.startswith("train")))
+        assert len(train) > 2500
+        for split in ("dev-clean", "test-clean"):
+            words = words_of(speaker for speaker in speakers if speaker.split == split)
+            assert sum(word not in train for word in words) < unknown * len(words)
+
+
+def test_large_vocabulary_has_no_two_words_that_sound_alike():
+    pytest.importorskip("espeakng_loader")
+    grammar = LargeGrammar(random.Random(0))
+    words = sorted({word for _ in range(20000) for word in grammar.sentence().split()})
+    assert len(words) > 2700 and all(re.fullmatch("[a-z]+('[a-z]+)?", word) for word in words)
+    alike = set()
+    for accent in ACCENTS:
+        engine = Engine(f"gmw/{accent}", pitch=50, pitch_range=50, rate=150, seed=0)
+        phonemes = engine._library.espeak_TextToPhonemes
+        phonemes.argtypes = [ctypes.POINTER(ctypes.c_char_p), ctypes.c_int, ctypes.c_int]
+        phonemes.restype = ctypes.c_char_p
+        spoken = {}
+        for word in words:
+            sounds = phonemes(
+                ctypes.byref(ctypes.c_char_p(word.encode())), Engine._UTF8, 0
+            ).decode()
+            spoken.setdefault(re.sub("[',_:|]", "", sounds), []).append(word)
+        alike |= {tuple(group) for group in spoken.values() if len(group) > 1}
+    # One accent drops the h; "is" stands before comparatives alone.
+    assert alike == {("his", "is")}
+
+
+@pytest.mark.parametrize(
+    ("word", "forms"),
+    [
+        ("try", "tries tried trying"),
+        ("annoy", "annoys annoyed annoying"),
+        ("wrap", "wraps wrapped wrapping"),
+        ("visit", "visits visited visiting"),
+        ("boil", "boils boiled boiling"),
+        ("fix", "fixes fixed fixing"),
+        ("own", "owns owned owning"),
+        ("judge", "judges judged judging"),
+        ("happy", "happiest happier happily"),
+        ("gentle", "gently"),
+        ("frantic", "frantically"),
+    ],
+)
+def test_endings(word, forms):
+    suffixes = "es ed ing" if len(forms.split()) == 3 and word != "happy" else "est er ly"
+    assert [ending(word, suffix) for suffix in suffixes.split()][
+        -len(forms.split()) :
+    ] == forms.split()
+
+
+@pytest.mark.parametrize(("vocabulary", "train"), [("small", (180, 25)), ("large", (167, 25))])
+def test_more_hours_leave_dev_and_test_as_they_are(vocabulary, train):
     def small_splits(splits):
-        return [s for s in plan_speakers(splits, seed=0) if not s.split.startswith("train")]
+        speakers = plan_speakers(splits, 0, vocabulary)
+        return [speaker for speaker in speakers if not speaker.split.startswith("train")]
 
-    larger = mini_librispeech.splits_for_hours(5)
-    assert larger["train-clean-100"] == (180, 25)
-    assert small_splits(DEFAULT_SPLITS) == small_splits(larger)
+    larger = mini_librispeech.splits_for_hours(5, vocabulary)
+    assert larger["train-clean-100"] == train
+    assert small_splits(mini_librispeech.splits_for_hours(1, vocabulary)) == small_splits(larger)
     assert mini_librispeech.splits_for_hours(50)["train-clean-100"] == (250, 180)
 
 
@@ -172,7 +248,7 @@ def test_bad_sizes(tmp_path):
     with pytest.raises(ValueError, match=r"splits\['dev-clean'\]: sizes must be positive"):
         make_corpus(tmp_path / "corpus", {"dev-clean": (0, 3)})
     with pytest.raises(ValueError, match="grammar is too small for 3 different sentences"):
-        draw_sentences(3, rng=None, grammar=(("a", "b"), ("c",)))
+        draw_sentences(3, SmallGrammar(random.Random(0), slots=(("a", "b"), ("c",))))
 
 
 # The manifests

@@ -1,9 +1,10 @@
 """A small speech corpus in LibriSpeech's own layout, synthesised on this machine.
 
-    python recipes/LibriSpeech/mini_librispeech.py FOLDER [--hours 2]
+    python recipes/LibriSpeech/mini_librispeech.py FOLDER [--vocabulary large] [--hours 5]
 
-Sentences come from a small grammar, voices from the espeak-ng engine that the `espeakng-loader`
-wheel carries; nothing is downloaded. The result reads like LibriSpeech:
+Sentences come from one of the grammars of `sentences.py`, of 51 words (small) or 2,700 (large),
+voices from the espeak-ng engine that the `espeakng-loader` wheel carries; nothing is downloaded.
+The result reads like LibriSpeech:
 
     FOLDER/SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac      16 kHz, mono, 16 bit
     FOLDER/SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt      "ID TEXT", upper case
@@ -23,7 +24,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -34,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from sentences import LargeGrammar, SmallGrammar
 from tqdm import tqdm
 
 SAMPLE_RATE = 16000
@@ -43,9 +44,13 @@ FIRST_SPEAKER = 101
 # Changes whenever the generator would write other bytes for the same settings.
 GENERATOR_VERSION = 1
 
-# split -> (speakers, utterances of each)
-DEFAULT_SPLITS = {"train-clean-100": (20, 25), "dev-clean": (4, 15), "test-clean": (8, 15)}
-SECONDS_PER_UTTERANCE = 4.0  # mean of the default corpus
+GRAMMARS = {"small": SmallGrammar, "large": LargeGrammar}
+# vocabulary -> split -> (speakers, utterances of each)
+DEFAULT_SPLITS = {
+    "small": {"train-clean-100": (20, 25), "dev-clean": (4, 15), "test-clean": (8, 15)},
+    "large": {"train-clean-100": (167, 25), "dev-clean": (6, 20), "test-clean": (12, 25)},
+}
+SECONDS_PER_UTTERANCE = {"small": 4.0, "large": 4.3}  # means of the default corpora
 MAX_TRAIN_SPEAKERS = 250  # as many as LibriSpeech's train-clean-100 has
 
 ACCENTS = (
@@ -59,27 +64,6 @@ ACCENTS = (
     "en-029",
 )
 VARIANTS = ("f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8")
-
-# A sentence is a path through the slots; each slot takes one entry, "" leaves it out.
-_ADJECTIVES = "brave green heavy hungry little quiet silver small wooden young".split()
-GRAMMAR = (
-    ("the", "every", "this"),
-    ("", *_ADJECTIVES),
-    ("captain", "doctor", "farmer", "girl", "king", "sailor", "soldier", "teacher"),
-    ("bought", "carried", "followed", "forgot", "found", "opened", "painted", "watched"),
-    ("the", "a", "this"),
-    ("", *_ADJECTIVES),
-    ("basket", "bottle", "garden", "hammer", "lantern", "letter", "picture", "window"),
-    (
-        "",
-        *(
-            f"{preposition} the {place}"
-            for preposition in ("beside", "near", "under")
-            for place in ("bridge", "castle", "forest", "mountain", "river")
-        ),
-    ),
-    ("", "again", "in the evening", "slowly", "yesterday"),
-)
 
 
 @dataclass(frozen=True)
@@ -106,24 +90,23 @@ class Speaker:
             yield chapter, f"{self.identifier}-{chapter}-{number:04d}", sentence
 
 
-def draw_sentences(count, rng, grammar=GRAMMAR):
-    """Draw `count` different sentences, lower case, from a grammar of slots.
+def draw_sentences(count, grammar):
+    """Draw `count` different sentences, lower case.
 
     Raises
     ------
     ValueError
-        If the grammar has fewer than twice as many sentences.
+        If the grammar gives too many sentences again to be likely to have as many.
     """
-    if math.prod(map(len, grammar)) < 2 * count:
-        raise ValueError(f"the grammar is too small for {count} different sentences")
     sentences = {}  # a dict keeps the order of drawing
-    while len(sentences) < count:
-        sentence = " ".join(filter(None, (rng.choice(slot) for slot in grammar)))
-        sentences[sentence] = None
-    return list(sentences)
+    for _ in range(10 * count):
+        if len(sentences) == count:
+            return list(sentences)
+        sentences[grammar.sentence()] = None
+    raise ValueError(f"the grammar is too small for {count} different sentences")
 
 
-def plan_speakers(splits, seed):
+def plan_speakers(splits, seed, vocabulary="small"):
     """Decide who says what.
 
     The small splits are drawn before the train splits, so that a larger train split leaves them
@@ -134,6 +117,8 @@ def plan_speakers(splits, seed):
     splits : dict
         Split name -> (number of speakers, utterances of each).
     seed : int
+    vocabulary : str
+        Of `GRAMMARS`.
 
     Returns
     -------
@@ -141,7 +126,8 @@ def plan_speakers(splits, seed):
     """
     order = sorted(splits, key=lambda split: (split.startswith("train"), split))
     count = sum(speakers * each for speakers, each in splits.values())
-    sentences = iter(draw_sentences(count, random.Random(f"sentences {seed}")))
+    grammar = GRAMMARS[vocabulary](random.Random(f"sentences {seed}"))
+    sentences = iter(draw_sentences(count, grammar))
     rng = random.Random(f"voices {seed}")
     voices = [f"gmw/{accent}+{variant}" for accent in ACCENTS for variant in VARIANTS]
     rng.shuffle(voices)
@@ -165,14 +151,15 @@ def plan_speakers(splits, seed):
     ]
 
 
-def splits_for_hours(hours):
+def splits_for_hours(hours, vocabulary="small"):
     """The default splits with about `hours` of audio in train: more speakers, then more each."""
     if not 0 < hours <= 1000:
         raise ValueError(f"hours must be above 0 and at most 1000, got {hours}")
-    utterances = hours * 3600 / SECONDS_PER_UTTERANCE
-    per_speaker = DEFAULT_SPLITS["train-clean-100"][1]
+    utterances = hours * 3600 / SECONDS_PER_UTTERANCE[vocabulary]
+    per_speaker = DEFAULT_SPLITS[vocabulary]["train-clean-100"][1]
     speakers = min(max(1, round(utterances / per_speaker)), MAX_TRAIN_SPEAKERS)
-    return DEFAULT_SPLITS | {"train-clean-100": (speakers, round(utterances / speakers))}
+    train = {"train-clean-100": (speakers, round(utterances / speakers))}
+    return DEFAULT_SPLITS[vocabulary] | train
 
 
 class Engine:
@@ -344,7 +331,8 @@ def _claim_folder(folder, settings):
     """Record the settings in a new folder, or check them in one that this script wrote."""
     path = folder / "settings.json"
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        # Versions before 0.2 had one vocabulary, the small one.
+        found = {"vocabulary": "small"} | json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in settings if found.get(key) != settings[key]]
         if changed:
             differences = ", ".join(
@@ -364,7 +352,7 @@ def _claim_folder(folder, settings):
         path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
-def make_corpus(folder, splits=DEFAULT_SPLITS, seed=0, workers=None):
+def make_corpus(folder, splits=None, seed=0, workers=None, vocabulary="small"):
     """Write the corpus, or what is still missing of it.
 
     Arguments
@@ -372,11 +360,13 @@ def make_corpus(folder, splits=DEFAULT_SPLITS, seed=0, workers=None):
     folder : str or Path
         New, empty, or holding a corpus of the same settings. A complete corpus is left untouched;
         in an incomplete one the missing speakers are spoken.
-    splits : dict
-        Split name -> (number of speakers, utterances of each).
+    splits : dict or None
+        Split name -> (number of speakers, utterances of each); None for those of `DEFAULT_SPLITS`.
     seed : int
     workers : int or None
         Processes at a time; None for one per CPU. Does not change the result.
+    vocabulary : str
+        Of `GRAMMARS`.
 
     Returns
     -------
@@ -400,17 +390,19 @@ def make_corpus(folder, splits=DEFAULT_SPLITS, seed=0, workers=None):
             "the corpus generator needs espeakng-loader (a GPL speech synthesiser): "
             "pip install espeakng-loader, or the package's extra [corpus]"
         )
+    splits = splits or DEFAULT_SPLITS[vocabulary]
     for split, sizes in splits.items():
         if min(sizes) < 1:
             raise ValueError(f"splits[{split!r}]: sizes must be positive, got {sizes}")
     folder = Path(folder)
-    speakers = plan_speakers(splits, seed)
+    speakers = plan_speakers(splits, seed, vocabulary)
     _claim_folder(
         folder,
         {
             "generator": GENERATOR_VERSION,
             "espeakng_loader": importlib.metadata.version("espeakng-loader"),
             "seed": seed,
+            "vocabulary": vocabulary,
             "splits": {split: list(sizes) for split, sizes in splits.items()},
         },
     )
@@ -460,13 +452,20 @@ def main(arguments=None):
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("folder", help="where to write it; a finished corpus there is reused")
-    parser.add_argument("--hours", type=float, help="hours of train audio, about (default: 0.5)")
+    parser.add_argument(
+        "--vocabulary", choices=list(GRAMMARS), default="small", help="of sentences"
+    )
+    parser.add_argument("--hours", type=float, help="of train audio, about (default: 0.5 or 5)")
     parser.add_argument("--seed", type=int, default=0, help="of sentences, voices and noise")
     parser.add_argument("--workers", type=int, help="processes at a time (default: one per CPU)")
     options = parser.parse_args(arguments)
     try:
-        splits = DEFAULT_SPLITS if options.hours is None else splits_for_hours(options.hours)
-        seconds = make_corpus(options.folder, splits, options.seed, options.workers)
+        splits = DEFAULT_SPLITS[options.vocabulary]
+        if options.hours is not None:
+            splits = splits_for_hours(options.hours, options.vocabulary)
+        seconds = make_corpus(
+            options.folder, splits, options.seed, options.workers, options.vocabulary
+        )
     except (ModuleNotFoundError, ValueError, OSError, RuntimeError) as error:
         sys.exit(f"mini_librispeech: {error}")
     for split, length in seconds.items():
