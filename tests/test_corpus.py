@@ -1,10 +1,13 @@
 """The synthetic corpus and the manifests of LibriSpeech's layout."""
 
+import contextlib
 import csv
 import ctypes
+import functools
 import json
 import random
 import re
+import resource
 import shutil
 
 import mini_librispeech
@@ -314,6 +317,15 @@ def empty_words(path):
     transcript.write_text(re.sub(rf"{path.stem} .*", path.stem, transcript.read_text()))
 
 
+def change_words(path, old, new):
+    transcript = next(path.parent.glob("*.trans.txt"))
+    identifier, text = re.search(rf"({path.stem} )(.*)", transcript.read_text()).groups()
+    changed = transcript.read_text().replace(
+        identifier + text, identifier + text.replace(old, new, 1)
+    )
+    transcript.write_text(changed, encoding="utf-8")
+
+
 DAMAGE = {
     "truncated": (cut, "truncated: its header promises"),
     "end cut off": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
@@ -334,6 +346,15 @@ DAMAGE = {
     "missing audio": (lambda path: path.unlink(), "there is no such file"),
     "missing words": (drop_words, "no words for it"),
     "empty words": (empty_words, "no words for it"),
+    "accent": (
+        lambda path: change_words(path, "E", "É"),
+        "its transcript has 'É', expected A to Z",
+    ),
+    "digit": (
+        lambda path: change_words(path, " ", " 2 "),
+        "its transcript has '2', expected A to Z",
+    ),
+    "lower case": (lambda path: change_words(path, "T", "t"), "its transcript has 't', expected A"),
 }
 
 
@@ -359,6 +380,15 @@ def test_bad_files_are_named_or_skipped_and_counted(small, tmp_path, caplog, dam
     assert list(record["left_out"]) == [str(bad)] and reason in record["left_out"][str(bad)]
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_do_not_change_the_manifests(small, tmp_path, workers):
+    cut(utterances(small)[4])
+    options = {"train_splits": ["train-clean-100"], "skip_bad_files": True}
+    prepare_librispeech(small, tmp_path / "default", **options)
+    prepare_librispeech(small, tmp_path / "workers", num_workers=workers, **options)
+    assert contents(tmp_path / "workers") == contents(tmp_path / "default")
+
+
 def test_several_bad_files_are_counted(small, tmp_path):
     for path in utterances(small)[:3]:
         cut(path)
@@ -380,6 +410,43 @@ def test_malformed_transcript_is_named(small, tmp_path, line, reason):
     transcript.write_text(text + (text.splitlines()[0] if line == "twice" else line) + "\n")
     with pytest.raises(ValueError, match=f"trans.txt, line 21: .*{reason}"):
         prepare_librispeech(small, tmp_path, ["train-clean-100"])
+
+
+def test_transcript_in_another_encoding_is_named(small, tmp_path):
+    transcript = min(small.rglob("*.trans.txt"))
+    transcript.write_bytes(transcript.read_bytes() + "É".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"train-clean-100: {transcript} is not UTF-8 text"):
+        prepare_librispeech(small, tmp_path, ["train-clean-100"])
+
+
+@contextlib.contextmanager
+def small_disk(size):
+    """Writing more than `size` bytes to a file fails as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_save_folder_that_cannot_be_written(small, tmp_path, monkeypatch):
+    prepare_it = functools.partial(prepare_librispeech, small, train_splits=["train-clean-100"])
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write to save_folder: .*file/save'$"):
+        prepare_it(save_folder=tmp_path / "file" / "save")
+    # Noticed before the work, ...
+    with monkeypatch.context() as patch, small_disk(1000):
+        patch.setattr(prepare, "_check_utterances", None)
+        with pytest.raises(OSError, match=f"cannot write to save_folder: .*'{tmp_path / 'save'}'$"):
+            prepare_it(save_folder=tmp_path / "save")
+    # ... and if space runs out later: for the split's manifest, for the merged one.
+    monkeypatch.setattr(prepare, "_check_writable", lambda folder: folder.mkdir(exist_ok=True))
+    for prepared in (False, True):
+        if prepared:
+            prepare_it(save_folder=tmp_path / "save")
+        with small_disk(1000), pytest.raises(OSError, match="cannot write to save_folder: "):
+            prepare_it(save_folder=tmp_path / "save", num_workers=0)
 
 
 def test_wrong_folders_and_splits(small, tmp_path):

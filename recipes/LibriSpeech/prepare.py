@@ -18,11 +18,13 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import soundfile
 from speechbrain.dataio.dataio import merge_csvs
 from speechbrain.utils.parallel import parallel_map
+from tqdm import tqdm
 
 SAMPLE_RATE = 16000
 SPLITS = (
@@ -35,12 +37,19 @@ SPLITS = (
     "test-other",
 )
 COLUMNS = ("ID", "duration", "wav", "spk_id", "wrd")
+ALPHABET = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ' ")
 
 logger = logging.getLogger(__name__)
 
 
 def prepare_librispeech(
-    data_folder, save_folder, train_splits, dev_splits=(), test_splits=(), skip_bad_files=False
+    data_folder,
+    save_folder,
+    train_splits,
+    dev_splits=(),
+    test_splits=(),
+    skip_bad_files=False,
+    num_workers=None,
 ):
     """Write SPLIT.csv for every split, and train.csv for all train splits together.
 
@@ -58,8 +67,12 @@ def prepare_librispeech(
         Names of LibriSpeech's splits (`SPLITS`).
     skip_bad_files : bool
         False: a bad file is an error. True: it is left out, counted in a warning and listed in
-        `prepare.json`. Bad is an utterance without audio or without words, and audio that is
-        unreadable, empty, truncated, not at 16 kHz or not mono.
+        `prepare.json`. Bad is an utterance without audio, without words or with other characters
+        than LibriSpeech's (`ALPHABET`), and audio that is unreadable, empty, truncated, not at
+        16 kHz or not mono.
+    num_workers : int or None
+        Processes that check files, 0 for this one alone, None for one per CPU. Does not change
+        the result.
 
     Raises
     ------
@@ -68,6 +81,8 @@ def prepare_librispeech(
     ValueError
         If a split is unknown, given twice or empty, a transcript file is malformed, or a file is
         bad. The message names the split and the file.
+    OSError
+        If a manifest cannot be written. The message names `save_folder` and the reason.
 
     Example
     -------
@@ -78,7 +93,7 @@ def prepare_librispeech(
     data_folder, save_folder = Path(data_folder).resolve(), Path(save_folder)
     splits = [*train_splits, *dev_splits, *test_splits]
     _check_splits(data_folder, splits, train_splits)
-    save_folder.mkdir(parents=True, exist_ok=True)
+    _check_writable(save_folder)
     record_path = save_folder / "prepare.json"
     record = json.loads(record_path.read_text()) if record_path.is_file() else {}
 
@@ -93,7 +108,9 @@ def prepare_librispeech(
         if manifest.is_file() and record.get(split, {}).get("request") == request:
             logger.info(f"{split}: prepared before, {manifest} is kept")
             continue
-        rows, bad = _check_utterances(data_folder / split, _read_transcripts(split, transcripts))
+        rows, bad = _check_utterances(
+            data_folder / split, _read_transcripts(split, transcripts), num_workers
+        )
         if bad and not skip_bad_files:
             path, reason = next(iter(bad.items()))
             more = f" (and {len(bad) - 1} more bad files)" if len(bad) > 1 else ""
@@ -109,7 +126,10 @@ def prepare_librispeech(
         _write_atomically(record_path, json.dumps(record, indent=1) + "\n")
         hours = sum(row[1] for row in rows) / 3600
         logger.info(f"{split}: {len(rows)} utterances, {hours:.2f} h in {manifest}")
-    merge_csvs(str(save_folder), [f"{split}.csv" for split in train_splits], "train.csv")
+    try:
+        merge_csvs(str(save_folder), [f"{split}.csv" for split in train_splits], "train.csv")
+    except OSError as error:
+        raise _unwritable(save_folder, error) from error
 
 
 def _check_splits(data_folder, splits, train_splits):
@@ -131,6 +151,20 @@ def _check_splits(data_folder, splits, train_splits):
             )
 
 
+def _check_writable(save_folder):
+    """Fail before the files are checked rather than after."""
+    try:
+        save_folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=save_folder) as file:
+            file.write(bytes(2**20))  # a manifest of some thousand utterances
+    except OSError as error:
+        raise _unwritable(save_folder, error) from error
+
+
+def _unwritable(save_folder, error):
+    return OSError(error.errno, f"cannot write to save_folder: {error.strerror}", str(save_folder))
+
+
 def _fingerprint(transcripts):
     """Changes when the transcripts of a split do, without reading them."""
     digest = hashlib.sha256()
@@ -144,7 +178,11 @@ def _read_transcripts(split, transcripts):
     """Audio path -> words, for every line of the transcripts."""
     words = {}
     for path in transcripts:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{split}: {path} is not UTF-8 text: {error}") from error
+        for number, line in enumerate(lines, 1):
             identifier, _, text = line.strip().partition(" ")
             audio = path.with_name(f"{identifier}.flac")
             if not identifier.startswith(path.name.removesuffix(".trans.txt") + "-"):
@@ -154,22 +192,28 @@ def _read_transcripts(split, transcripts):
                 )
             if audio in words:
                 raise ValueError(f"{split}: {path}, line {number}: {identifier} occurs twice")
-            words[audio] = text.strip()
+            words[audio] = " ".join(text.split())
     return words
 
 
-def _check_utterances(folder, words):
+def _check_utterances(folder, words, num_workers):
     """Sort a split's utterances into manifest rows and {path: reason} of bad ones."""
     utterances = dict.fromkeys(folder.glob("*/*/*.flac")) | words
+    paths = sorted(utterances)
+    progress = {"desc": f"checking {folder.name}", "unit": "file"}
+    if num_workers == 0:
+        checked = map(_check_audio, tqdm(paths, **progress))
+    else:
+        checked = parallel_map(
+            _check_audio,
+            paths,
+            process_count=num_workers,
+            chunk_size=64,
+            progress_bar_kwargs=progress,
+        )
     rows, bad = [], {}
-    for path, seconds, reason in parallel_map(
-        _check_audio,
-        sorted(utterances),
-        chunk_size=64,
-        progress_bar_kwargs={"desc": f"checking {folder.name}", "unit": "file"},
-    ):
-        if not utterances[path]:
-            reason = "no words for it in its chapter's .trans.txt"
+    for path, seconds, reason in checked:
+        reason = _check_words(utterances[path]) or reason
         if reason:
             bad[str(path)] = reason
         else:
@@ -177,6 +221,19 @@ def _check_utterances(folder, words):
             chapter = path.stem.rpartition("-")[0]
             rows.append((path.stem, seconds, str(path), chapter, utterances[path]))
     return rows, bad
+
+
+def _check_words(text):
+    """Say what is wrong with the transcript, if anything is."""
+    if not text:
+        return "no words for it in its chapter's .trans.txt"
+    foreign = sorted(set(text) - ALPHABET)
+    if foreign:
+        return (
+            f"its transcript has {', '.join(map(repr, foreign))}, "
+            f"expected A to Z, apostrophe and space alone: {text[:60]!r}"
+        )
+    return None
 
 
 def _check_audio(path):
@@ -210,8 +267,11 @@ def _manifest(rows):
 
 def _write_atomically(path, text):
     partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
 
 
 def main(arguments=None):
@@ -222,6 +282,7 @@ def main(arguments=None):
     parser.add_argument("--dev", nargs="+", default=[], metavar="SPLIT")
     parser.add_argument("--test", nargs="+", default=[], metavar="SPLIT")
     parser.add_argument("--skip-bad-files", action="store_true", help="leave them out and go on")
+    parser.add_argument("--workers", type=int, help="processes that check (default: one per CPU)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -232,6 +293,7 @@ def main(arguments=None):
             options.dev,
             options.test,
             options.skip_bad_files,
+            options.workers,
         )
     except (OSError, ValueError) as error:
         sys.exit(f"prepare: {error}")
