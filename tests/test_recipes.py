@@ -10,21 +10,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import asr
 import pytest
 import ruamel.yaml
 import speechbrain as sb
 import torch
 import train_ctc
-from hyperpyyaml import load_hyperpyyaml
 from mini_librispeech import make_corpus
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.run_opts import RunOptions
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "recipes/LibriSpeech/train_ctc.py"
-README = ROOT / "recipes/LibriSpeech/README.md"
+RECIPES = ROOT / "recipes/LibriSpeech"
+SCRIPT = RECIPES / "train_ctc.py"
+README = RECIPES / "README.md"
 YAML = ROOT / "hparams/librispeech_ctc.yaml"
 MINI = ROOT / "hparams/mini.yaml"
+# YAML -> (the Python files that read it, the YAMLs that override its keys)
+YAMLS = {
+    "librispeech_ctc.yaml": (("brain.py", "asr.py", "train_ctc.py"), ("mini.yaml",)),
+}
 RUN_OPTIONS = set(RunOptions().keys())
 
 # One set of utterances is train, dev and test set at once: what is tested is the machinery.
@@ -76,15 +81,18 @@ def command_line(corpus, output_folder, *arguments):
 
 
 def load_hparams(argv):
-    hparams_file, _, overrides = train_ctc.parse_arguments(argv)
-    with open(hparams_file, encoding="utf-8") as file:
-        return load_hyperpyyaml(file, overrides)
+    hparams_file, _, overrides = asr.parse_arguments(argv)
+    return asr.load_hparams(hparams_file, overrides)
 
 
 def epochs(output_folder):
-    """The lines of train_log.txt about epochs, as {name: value}."""
+    """The lines of train_log.txt about epochs, as {name: value}; seconds left out."""
     return [
-        {name: float(value) for name, value in re.findall(r"(\w[\w ]*): ([\d.e+-]+)", line)}
+        {
+            name: float(value)
+            for name, value in re.findall(r"(\w[\w ]*): ([\d.e+-]+)", line)
+            if name != "seconds"
+        }
         for line in (Path(output_folder) / "train_log.txt").read_text().splitlines()
         if line.startswith("epoch:")
     ]
@@ -97,29 +105,41 @@ def yaml_keys(path):
 # The YAML
 
 
-def test_every_yaml_key_is_used():
-    text = YAML.read_text(encoding="utf-8")
-    references = set(re.findall(r"<(\w+)>", text))
-    words = set()  # what the script can name a key by
-    for node in ast.walk(ast.parse(SCRIPT.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            words.add(node.value)
-        elif isinstance(node, ast.Attribute):
-            words.add(node.attr)
-    unused = yaml_keys(YAML) - references - words - RUN_OPTIONS - {"__set_seed"}
-    assert unused == set()
+def used_names(files):
+    """What Python files can name a key by."""
+    for file in files:
+        for node in ast.walk(ast.parse((RECIPES / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.Attribute):
+                yield node.attr
 
 
-def test_every_key_that_the_script_uses_is_in_the_yaml():
-    script = SCRIPT.read_text(encoding="utf-8")
-    used = set(re.findall(r'hparams\["(\w+)"\]|self\.hparams\.(\w+)', script))
-    used = {name for pair in used for name in pair if name}
+@pytest.mark.parametrize("name", YAMLS)
+def test_every_yaml_key_is_used(name):
+    path = ROOT / "hparams" / name
+    references = set(re.findall(r"<(\w+)>", path.read_text(encoding="utf-8")))
+    used = references | set(used_names(YAMLS[name][0])) | RUN_OPTIONS | {"__set_seed"}
+    assert yaml_keys(path) - used == set()
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_every_used_key_is_in_the_yaml(name):
+    used = set()
+    for file in YAMLS[name][0]:
+        source = (RECIPES / file).read_text(encoding="utf-8")
+        for pair in re.findall(r'hparams\["(\w+)"\]|self\.hparams\.(\w+)', source):
+            used.update(filter(None, pair))
     assert len(used) > 20
-    assert used - yaml_keys(YAML) == set()
+    if "bos_index" not in yaml_keys(ROOT / "hparams" / name):  # asr.py then does without
+        used -= {"bos_index", "eos_index"}
+    assert used - yaml_keys(ROOT / "hparams" / name) == set()
 
 
-def test_every_key_in_the_mini_set_overrides_one():
-    assert yaml_keys(MINI) - yaml_keys(YAML) == set()
+@pytest.mark.parametrize("name", YAMLS)
+def test_override_files_override_what_there_is(name):
+    for overrides in YAMLS[name][1]:
+        assert yaml_keys(ROOT / "hparams" / overrides) <= yaml_keys(ROOT / "hparams" / name)
 
 
 def test_default_model_is_the_published_one():
@@ -156,8 +176,11 @@ def test_readme_names_what_exists():
     paths = set(re.findall(r"(?:hparams|recipes)/[\w./-]+\.(?:yaml|py)", text))
     assert {"hparams/librispeech_ctc.yaml", "recipes/LibriSpeech/train_ctc.py"} <= paths
     assert [path for path in paths if not (ROOT / path).is_file()] == []
-    options = set(re.findall(r"--(\w+)", text)) - yaml_keys(YAML) - RUN_OPTIONS
-    assert options == {"overrides", "standalone", "nproc_per_node"}  # the latter are torchrun's
+    known = RUN_OPTIONS | {"overrides"} | {"standalone", "nproc_per_node"}  # torchrun's
+    known = known.union(*(yaml_keys(ROOT / "hparams" / name) for name in YAMLS))
+    for script in RECIPES.glob("*.py"):
+        known.update(re.findall(r'"--([\w-]+)"', script.read_text(encoding="utf-8")))
+    assert set(re.findall(r"--(\w[\w-]*)", text)) - known == set()
 
 
 # Runs
@@ -207,9 +230,9 @@ def test_resumes_where_it_was_stopped(corpus, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(self, stage, epoch)
 
-    original = train_ctc.CTCBrain.on_stage_start
+    original = train_ctc.CTC.on_stage_start
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_ctc.CTCBrain, "on_stage_start", stop)
+        patch.setattr(train_ctc.CTC, "on_stage_start", stop)
         train_ctc.main(command_line(corpus, tmp_path / "stopped", *arguments))
     assert [line["epoch"] for line in epochs(tmp_path / "stopped")] == [1]
     train_ctc.main(command_line(corpus, tmp_path / "stopped", *arguments))
@@ -236,8 +259,8 @@ def test_loss_is_in_fp32_under_bf16(corpus, tmp_path, monkeypatch):
         seen.append((stage, predictions[0].dtype, torch.is_autocast_enabled("cpu")))
         return original(self, predictions, batch, stage)
 
-    original = train_ctc.CTCBrain.compute_objectives
-    monkeypatch.setattr(train_ctc.CTCBrain, "compute_objectives", record)
+    original = train_ctc.CTC.compute_objectives
+    monkeypatch.setattr(train_ctc.CTC, "compute_objectives", record)
     arguments = ("--number_of_epochs=2", "--precision=bf16")
     train_ctc.main(command_line(corpus, tmp_path, *arguments))
     assert {dtype for _, dtype, _ in seen} == {torch.float32}
@@ -262,7 +285,7 @@ def load_batching(*arguments):
 @pytest.mark.parametrize("sorting", ["ascending", "descending"])
 def test_fixed_batches_are_sorted(train_data, sorting):
     hparams = load_batching(f"--sorting={sorting}")
-    data, options = train_ctc.batching(hparams, train_data)
+    data, options = asr.batching(hparams, train_data)
     durations = [data[index]["duration"] for index in range(len(data))]
     assert durations == sorted(durations, reverse=sorting == "descending")
     assert options == hparams["train_dataloader_opts"]
@@ -270,12 +293,12 @@ def test_fixed_batches_are_sorted(train_data, sorting):
 
 def test_unknown_sorting_is_refused(train_data):
     with pytest.raises(ValueError, match="sorting must be .* got 'length'"):
-        train_ctc.batching(load_batching("--sorting=length"), train_data)
+        asr.batching(load_batching("--sorting=length"), train_data)
 
 
 def test_dynamic_batches_keep_the_limit_and_change_with_the_epoch(train_data):
     hparams = load_batching("--dynamic_batching=True", "--max_batch_length=12", "--num_buckets=3")
-    _, options = train_ctc.batching(hparams, train_data)
+    _, options = asr.batching(hparams, train_data)
     sampler = options["batch_sampler"]
     plans = []
     for epoch in (1, 2, 1):
@@ -303,8 +326,8 @@ def test_vocabulary_is_sized_down_on_a_small_corpus(tmp_path, caplog, token_type
     hparams = load_hparams([*argv, f"--token_type={token_type}"])
     for _ in range(2):  # the second time it is loaded
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="train_ctc"):
-            tokenizer = train_ctc.load_tokenizer(hparams)
+        with caplog.at_level(logging.WARNING, logger="asr"):
+            tokenizer = asr.load_tokenizer(hparams)
         size = tokenizer.sp.vocab_size()
         assert "vocab_size 1000 is more than the train transcripts can fill" in caplog.text
         assert f"the most they can, {size}" in caplog.text
@@ -312,27 +335,27 @@ def test_vocabulary_is_sized_down_on_a_small_corpus(tmp_path, caplog, token_type
         assert tokenizer.sp.decode_ids(tokenizer.sp.encode_as_ids(words)) == words
     hparams["vocab_size"] = 5
     with pytest.raises(ValueError, match="vocab_size 5 is impossible"):
-        train_ctc.load_tokenizer(hparams)
+        asr.load_tokenizer(hparams)
 
 
 def test_more_tokens_than_frames_are_refused(tmp_path, caplog):
     write_manifest(tmp_path / "save", ["THE KING FOUND A LANTERN"] * 4, seconds=1.0)
     argv = [str(YAML), "--data_folder=x", f"--output_folder={tmp_path}", *NO_MODEL]
     hparams = load_hparams([*argv, "--token_type=char"])
-    tokenizer = train_ctc.load_tokenizer(hparams)
+    tokenizer = asr.load_tokenizer(hparams)
     data = DynamicItemDataset.from_csv(hparams["train_csv"])
     # 25 characters with the word boundary before the first; no two neighbours are equal.
-    train_ctc.check_alignable(data, tokenizer, frames_per_second=25)
+    asr.check_alignable(data, tokenizer, frames_per_second=25)
     with pytest.raises(ValueError, match=r"4 of 4 train utterances \(such as u0\).*24 per second"):
-        train_ctc.check_alignable(data, tokenizer, frames_per_second=24)
+        asr.check_alignable(data, tokenizer, frames_per_second=24)
     # One in a thousand is bad data: logged, and training goes on.
     for number in range(1000):
         data.data[f"v{number}"] = {"duration": 5.0, "wrd": "THE KING"}
     data.data_ids = list(data.data)
     for utterance in ("u1", "u2", "u3"):
         data.data[utterance]["duration"] = 5.0
-    with caplog.at_level(logging.WARNING, logger="train_ctc"):
-        train_ctc.check_alignable(data, tokenizer, frames_per_second=24)
+    with caplog.at_level(logging.WARNING, logger="asr"):
+        asr.check_alignable(data, tokenizer, frames_per_second=24)
     assert "1 of 1004 train utterances (such as u0)" in caplog.text
 
 

@@ -61,12 +61,13 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import asr
 import ruamel.yaml
 import speechbrain
 import torch
 import train_ctc
-from hyperpyyaml import load_hyperpyyaml
 from matplotlib.figure import Figure
+from speechbrain.augment.augmenter import Augmenter
 from speechbrain.dataio.dataloader import make_dataloader
 from speechbrain.dataio.sampler import ReproducibleRandomSampler
 from speechbrain.utils.autocast import AMPConfig
@@ -158,14 +159,14 @@ def load_recipe(arguments):
     -------
     Recipe
     """
-    hparams_file, run_opts, overrides = train_ctc.parse_arguments(arguments)
-    with open(hparams_file, encoding="utf-8") as file:
-        hparams = load_hyperpyyaml(file, copy.deepcopy(overrides))
+    hparams_file, run_opts, overrides = asr.parse_arguments(arguments)
+    hparams = asr.load_hparams(hparams_file, overrides)
     output_folder = Path(hparams["output_folder"])
     output_folder.mkdir(parents=True, exist_ok=True)
-    train_ctc.prepare_data(hparams)
-    train_data, _, _, tokenizer = train_ctc.dataio_prepare(hparams)
-    train_data, options = train_ctc.batching(hparams, train_data)
+    asr.prepare_data(hparams)
+    tokenizer = asr.load_tokenizer(hparams)
+    train_data, _, _ = asr.dataio_prepare(hparams, tokenizer)
+    train_data, options = asr.batching(hparams, train_data)
     sampler = options.pop("batch_sampler", None)
     batch_size, shuffle = options.pop("batch_size", None), options.pop("shuffle", False)
     if sampler is None:
@@ -173,7 +174,7 @@ def load_recipe(arguments):
         sampler = BatchSampler(order(train_data), batch_size, drop_last=False)
     return Recipe(
         hparams_file=hparams_file,
-        overrides=overrides,
+        overrides={**overrides, "vocab_size": tokenizer.sp.vocab_size()},
         run_opts=run_opts,
         tokenizer=tokenizer,
         data=train_data,
@@ -212,11 +213,10 @@ def make_brain(recipe, rnn_class, for_agreement=False):
             precision="fp32",
             overridden_args=run_opts.overridden_args | {"precision"},
         )
-    with open(recipe.hparams_file, encoding="utf-8") as file:
-        hparams = load_hyperpyyaml(file, overrides)
+    hparams = asr.load_hparams(recipe.hparams_file, overrides)
     if for_agreement:
-        hparams["wav_augment"] = lambda wavs, lengths: (wavs, lengths)
-    brain = train_ctc.make_brain(hparams, run_opts, recipe.tokenizer)
+        hparams["wav_augment"] = Augmenter(augmentations=[])
+    brain = asr.make_brain(train_ctc.CTC, hparams, run_opts, recipe.tokenizer)
     brain.checkpointer = None  # start from the seed's weights, not from the last checkpoint
     brain.on_fit_start()
     if for_agreement:
@@ -243,7 +243,7 @@ def make_runs(recipe, cell, for_agreement=False, other_seed=False):
 def quieten():
     """Keep the YAML's warnings, shown once, from coming again with every variant."""
     logging.getLogger("speechbrain").setLevel(logging.ERROR)
-    logging.getLogger("train_ctc").setLevel(logging.ERROR)
+    logging.getLogger("asr").setLevel(logging.ERROR)
 
 
 def train(run, recipe, batches, progress):
