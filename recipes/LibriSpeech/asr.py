@@ -43,6 +43,11 @@ class ASR(RecipeBrain):
     best_by = "WER"
     targets = ("tokens",)
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # It resamples on the CPU unless it is told otherwise.
+        self.hparams.speed_perturb.device = self.device
+
     def encode(self, batch, stage):
         """Map a batch's waveforms, augmented in training, to encoder states.
 
@@ -81,7 +86,7 @@ class ASR(RecipeBrain):
             self.wer_metric = self.hparams.error_rate_computer()
             self.cer_metric = self.hparams.cer_computer()
 
-    def collect_stats(self):
+    def collect_stats(self, loss):
         """WER and CER in %."""
         return {
             "WER": self.wer_metric.summarize("error_rate"),
@@ -89,20 +94,10 @@ class ASR(RecipeBrain):
         }
 
     def test(self, split, dataset):
-        """Evaluate the checkpoint of lowest validation WER on one split.
-
-        Writes wer_SPLIT.txt and cer_SPLIT.txt, a line in train_log.txt, and returns
-        {"loss": ..., "WER": ..., "CER": ...}, both rates in %.
-        """
-        self.evaluate(
-            dataset, min_key="WER", test_loader_kwargs=dict(self.hparams.test_dataloader_opts)
-        )
-        self.hparams.train_logger.log_stats(
-            stats_meta={"split": split, "epoch loaded": self.hparams.epoch_counter.current},
-            test_stats=self.test_stats,
-        )
+        """Evaluate one split as `RecipeBrain.test` does, and write wer_SPLIT.txt, cer_SPLIT.txt."""
+        stats = super().test(split, dataset)
         run_on_main(self._write_errors, [split])
-        return self.test_stats
+        return stats
 
     def _write_errors(self, split):
         for name, metric in (("wer", self.wer_metric), ("cer", self.cer_metric)):
@@ -155,7 +150,7 @@ def prepare_data(hparams):
             prepare_librispeech,
             kwargs={name: hparams[name] for name in (*arguments, "skip_bad_files")},
         )
-    if hparams["noise_folder"]:
+    if hparams.get("noise_folder"):
         run_on_main(prepare_noise, [hparams["noise_folder"], hparams["noise_csv"]])
 
 
@@ -245,8 +240,7 @@ def load_tokenizer(hparams, text_file=None):
                     f"using the most they can, {limit[1]}"
                 )
                 return train(int(limit[1]))
-            for file in os.listdir(scratch):
-                shutil.move(os.path.join(scratch, file), os.path.join(folder, file))
+            shutil.move(os.path.join(scratch, os.path.basename(name(size))), name(size))
         return size
 
     given = hparams["tokenizer_file"]
@@ -262,22 +256,31 @@ def load_tokenizer(hparams, text_file=None):
     return tokenizer
 
 
-def check_characters(manifest, dataset, tokenizer):
-    """Check that the tokenizer knows all characters of the transcripts.
+def check_characters(source, sentences, tokenizer):
+    """Check that the tokenizer knows all characters of some sentences.
+
+    Arguments
+    ---------
+    source : str
+        The file that they are from.
+    sentences : iterable of (str, str)
+        Name of the sentence (in the message) and its text.
+    tokenizer : SentencePiece
 
     Raises
     ------
     ValueError
-        If it does not; names the manifest, an utterance and the characters.
+        If it does not.
     """
-    unknown = tokenizer.sp.unk_id()
-    for utterance, row in dataset.data.items():
-        if unknown in tokenizer.sp.encode_as_ids(row["wrd"]):
-            strange = [c for c in row["wrd"] if unknown in tokenizer.sp.encode_as_ids(c)]
-            raise ValueError(
-                f"{manifest}: the transcript of {utterance} has characters that the tokenizer "
-                f"does not know: {' '.join(sorted(set(strange)))}"
-            )
+    known, unknown = set(), tokenizer.sp.unk_id()
+    for name, text in sentences:
+        for character in sorted(set(text) - known):
+            if unknown in tokenizer.sp.encode_as_ids(character):
+                raise ValueError(
+                    f"{source}: {name} has the character {character!r}, "
+                    "which the tokenizer does not know"
+                )
+            known.add(character)
 
 
 def check_alignable(dataset, tokenizer, frames_per_second):
@@ -357,7 +360,8 @@ def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
             dynamic_items=[audio_pipeline, text_pipeline],
             output_keys=["id", "sig", "wrd", *targets],
         )
-        check_characters(csv_path, dataset, tokenizer)
+        transcripts = ((name, row["wrd"]) for name, row in dataset.data.items())
+        check_characters(csv_path, transcripts, tokenizer)
         return dataset
 
     train_data = load(hparams["train_csv"])
@@ -409,8 +413,6 @@ def make_brain(brain_class, hparams, run_opts, tokenizer):
         checkpointer=hparams["checkpointer"],
     )
     brain.tokenizer = tokenizer
-    # It resamples on the CPU unless it is told otherwise.
-    hparams["speed_perturb"].device = brain.device
     return brain
 
 

@@ -36,14 +36,14 @@ EPOCHS_FOR_ETA = 3
 class RecipeBrain(sb.Brain):
     """Brain of the recipes; subclasses compute the loss and collect errors.
 
-    Class attributes to set: `anneal_by`, the validation statistic that lr_annealing follows, and
-    `best_by`, the one that the best checkpoint has lowest.
+    lr_annealing follows the validation loss; the best checkpoint is the one of lowest `best_by`,
+    a class attribute that names a validation statistic.
 
     An update with a NaN or an infinity in its gradients is left out, in any precision, and
     counted; the count outlives a stop within an epoch. SpeechBrain itself counts losses only.
     """
 
-    anneal_by = best_by = "loss"
+    best_by = "loss"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -53,6 +53,7 @@ class RecipeBrain(sb.Brain):
         self.epoch_start = time.monotonic()
         self.epoch_seconds = 0.0  # spent in the current epoch before a stop
         self.batches_in = {}  # stage -> number of batches
+        self.batches = 0  # in this stage
         self.bar = tqdm(disable=True)
         self.report_by_lines = False
         if self.hparams.use_tensorboard:
@@ -63,9 +64,9 @@ class RecipeBrain(sb.Brain):
                     f"use_tensorboard needs a package: pip install tensorboard ({error})"
                 ) from error
 
-    def collect_stats(self):
-        """Statistics of the validation or test stage that ends now, beside its loss: a dict."""
-        return {}
+    def collect_stats(self, loss):
+        """A dict of the statistics, beside the loss, of the validation or test that ends now."""
+        raise NotImplementedError
 
     # Training
 
@@ -130,13 +131,15 @@ class RecipeBrain(sb.Brain):
             self.epoch = epoch
             self.epoch_start = time.monotonic() - self.epoch_seconds
         limit = self.hparams.epoch_counter.limit
-        title = "test" if epoch is None else f"epoch {epoch}/{limit} {stage.name.lower()}"
-        total = self.batches_in.get(stage)
+        self.title = "test" if epoch is None else f"epoch {epoch}/{limit} {stage.name.lower()}"
+        self.batches = self.batches_in[stage]
+        if self.debug:
+            self.batches = min(self.batches, self.debug_batches)
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=min(total, self.debug_batches) if self.debug and total else total,
+        self.bar = tqdm(  # a disabled one keeps nothing of this
+            total=self.batches,
             initial=self.step,
-            desc=title,
+            desc=self.title,
             unit="batch",
             dynamic_ncols=True,
             disable=self.noprogressbar or not terminal or not if_main_process(),
@@ -160,13 +163,13 @@ class RecipeBrain(sb.Brain):
         interval = 60 * self.hparams.log_interval_minutes
         if self.report_by_lines and time.monotonic() - self.last_line >= interval:
             self.last_line = time.monotonic()
-            done = f"{self.bar.desc}: batch {self.step} of {self.bar.total}"
+            done = f"{self.title}: batch {self.step} of {self.batches}"
             logger.info(f"{done}, {postfix}" if postfix else done)
 
     def _time_left(self):
         """Time to the end of the run, as h:mm:ss."""
         elapsed = time.monotonic() - self.epoch_start
-        training = elapsed / max(self.step, 1) * (self.bar.total or self.step)
+        training = elapsed / max(self.step, 1) * self.batches
         recent = [epoch["seconds"] for epoch in self.history[-EPOCHS_FOR_ETA:]]
         whole_epoch = statistics.fmean(recent) if recent else training
         epochs_left = self.hparams.epoch_counter.limit - self.epoch
@@ -182,11 +185,11 @@ class RecipeBrain(sb.Brain):
             stats["skipped updates"] = self.skipped_updates - before
             self.train_stats = stats
             return
-        stats |= self.collect_stats()
+        stats |= self.collect_stats(stage_loss)
         if stage == sb.Stage.TEST:
             self.test_stats = stats
             return
-        old_lr, new_lr = self.hparams.lr_annealing(stats[self.anneal_by])
+        old_lr, new_lr = self.hparams.lr_annealing(stage_loss)
         sb.nnet.schedulers.update_learning_rate(self.optimizer, new_lr)
         meta = {
             "epoch": epoch,
@@ -219,6 +222,22 @@ class RecipeBrain(sb.Brain):
             }
             self.tensorboard.log_stats(**logs)
         draw_progress(self.history, os.path.join(self.hparams.output_folder, "progress.png"))
+
+    def test(self, split, dataset):
+        """Evaluate the best checkpoint on one split.
+
+        Writes a line in train_log.txt and returns {"loss": ...} and what `collect_stats` has.
+        """
+        self.evaluate(
+            dataset,
+            min_key=self.best_by,
+            test_loader_kwargs=dict(self.hparams.test_dataloader_opts),
+        )
+        self.hparams.train_logger.log_stats(
+            stats_meta={"split": split, "epoch loaded": self.hparams.epoch_counter.current},
+            test_stats=self.test_stats,
+        )
+        return self.test_stats
 
     # Checkpoints
 
