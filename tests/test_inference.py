@@ -141,7 +141,7 @@ def test_rnn_class_can_be_overridden(exported, recogniser, audio):
 
 
 def test_stock_checkpoint_gives_the_same_transcripts_with_our_rnn(corpus, audio, tmp_path):
-    folder = export(train(corpus, tmp_path / "stock", f"--rnn_class={STOCK}", "--number_of_epochs=10"))
+    folder = export(train(corpus, tmp_path / "stock", f"--rnn_class={STOCK}"))
     stock = EncoderASR.from_hparams(source=str(folder), run_opts={"device": "cpu"})
     ours = EncoderASR.from_hparams(
         source=str(folder),
