@@ -12,28 +12,37 @@ import soundfile
 import torch
 import torchaudio
 import train_ctc
+import train_lm
+import train_seq2seq
 import transcribe
 from export_inference import export, main
 from mini_librispeech import make_corpus
-from speechbrain.inference.ASR import EncoderASR
+from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 from speechbrain.utils.metric_stats import ErrorRateStats
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train-clean-100", "dev-clean", "test-clean")
 STOCK = "!name:speechbrain.nnet.RNN.SLiGRU"
-# Enough to learn most words: a model that is sure of its letters does not mind padding.
 TINY = (
-    "--device=cpu",
-    "--noprogressbar",
-    "--token_type=char",
     "--dropout=0.0",
     "--max_batch_length=5",
     "--rnn_layers=1",
     "--rnn_neurons=48",
     "--dnn_neurons=48",
     "--lr=0.006",
-    "--number_of_epochs=22",
 )
+CTC = (f"--overrides={ROOT / 'hparams/mini.yaml'}", *TINY)
+SEQ2SEQ = (
+    f"--overrides={ROOT / 'hparams/mini_seq2seq.yaml'}",
+    *TINY,
+    "--number_of_epochs=3",  # its letters then differ between utterances
+    "--emb_size=16",
+    "--dec_neurons=48",
+    "--attn_dim=48",
+    "--max_decode_ratio=0.2",
+    "--test_beam_size=3",
+)
+LANGUAGE_MODEL = ("--lm_rnn_layers=1", "--lm_rnn_neurons=32", "--lm_dnn_neurons=16")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,26 +69,20 @@ def audio(corpus):
     return sorted((corpus / "test-clean").rglob("*.flac"))
 
 
-def train(corpus, folder, *arguments):
-    yaml, overrides = ROOT / "hparams/librispeech_ctc.yaml", ROOT / "hparams/mini.yaml"
+def train(recipe, yaml, corpus, folder, *arguments):
+    options = ("--device=cpu", "--noprogressbar", "--token_type=char", *arguments)
+    folders = (f"--data_folder={corpus}", f"--output_folder={folder}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(brain, "draw_progress", lambda *_: None)  # takes longer than the training
-        train_ctc.main(
-            [
-                str(yaml),
-                f"--overrides={overrides}",
-                f"--data_folder={corpus}",
-                f"--output_folder={folder}",
-                *TINY,
-                *arguments,
-            ]
-        )
+        recipe.main([str(ROOT / "hparams" / yaml), *folders, *options])
     return folder
 
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
-    return train(corpus, tmp_path_factory.mktemp("run"))
+    """Of enough epochs for most words: a model sure of its letters does not mind padding."""
+    folder, epochs = tmp_path_factory.mktemp("run"), ["--number_of_epochs=22"]
+    return train(train_ctc, "librispeech_ctc.yaml", corpus, folder, *CTC, *epochs)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +144,8 @@ def test_rnn_class_can_be_overridden(exported, recogniser, audio):
 
 
 def test_stock_checkpoint_gives_the_same_transcripts_with_our_rnn(corpus, audio, tmp_path):
-    folder = export(train(corpus, tmp_path / "stock", f"--rnn_class={STOCK}"))
+    arguments = (*CTC, "--number_of_epochs=8", f"--rnn_class={STOCK}")
+    folder = export(train(train_ctc, "librispeech_ctc.yaml", corpus, tmp_path / "run", *arguments))
     stock = EncoderASR.from_hparams(source=str(folder), run_opts={"device": "cpu"})
     ours = EncoderASR.from_hparams(
         source=str(folder),
@@ -176,6 +180,47 @@ def test_folders_that_are_no_runs(run, tmp_path, capsys):
         shutil.rmtree(checkpoint)
     with pytest.raises(SystemExit, match=r"^export_inference: .* has no checkpoint of a finished"):
         main([str(copy)])
+
+
+# Seq2seq
+
+
+@pytest.fixture(scope="module")
+def seq2seq_run(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seq2seq")
+    return train(train_seq2seq, "librispeech_seq2seq.yaml", corpus, folder, *SEQ2SEQ)
+
+
+@pytest.fixture(scope="module")
+def seq2seq_run_with_language_model(corpus, seq2seq_run, tmp_path_factory):
+    """The same recogniser, tested once more with a language model of its tokens."""
+    lm_folder, folder = (tmp_path_factory.mktemp("with language model") / name for name in "ab")
+    (tokenizer,) = (seq2seq_run / "save").glob("*.model")
+    options = (*LANGUAGE_MODEL, f"--tokenizer_file={tokenizer}")
+    splits = ("--train_splits=[train-clean-100]", "--test_splits=[test-clean]", "--test_csv=[]")
+    epochs = ("--number_of_epochs=1", "--num_workers=0")
+    train(train_lm, "librispeech_lm.yaml", corpus, lm_folder, *options, *splits, *epochs)
+    shutil.copytree(seq2seq_run / "save", folder / "save")
+    options = (*SEQ2SEQ, *options, f"--lm_folder={lm_folder}", "--lm_weight=1.0")
+    return train(train_seq2seq, "librispeech_seq2seq.yaml", corpus, folder, *options)
+
+
+@pytest.mark.parametrize("fixture", ["seq2seq_run", "seq2seq_run_with_language_model"])
+def test_seq2seq_transcripts_are_those_of_the_run_s_test(fixture, request, audio, tmp_path):
+    run = request.getfixturevalue(fixture)
+    folder = shutil.move(export(run), tmp_path / "moved")
+    assert (folder / "lm.ckpt").exists() == fixture.endswith("language_model")
+    recogniser = transcribe.load_recogniser(folder, "cpu")
+    assert type(recogniser) is EncoderDecoderASR
+    texts, errors = transcribe.transcribe(recogniser, audio, max_batch_length=0)
+    assert errors == {}
+    expected = hypotheses(run)
+    assert len(expected) == len(set(expected.values())) == len(audio)
+    assert {path.stem: " ".join(text.split()) for path, text in texts.items()} == expected
+
+
+def test_language_model_changes_the_transcripts(seq2seq_run, seq2seq_run_with_language_model):
+    assert hypotheses(seq2seq_run) != hypotheses(seq2seq_run_with_language_model)
 
 
 # transcribe.py
