@@ -21,6 +21,7 @@ import soundfile
 import speechbrain as sb
 import torch
 from brain import RecipeBrain
+from export_inference import export
 from hyperpyyaml import load_hyperpyyaml
 from prepare import SAMPLE_RATE, prepare_librispeech
 from speechbrain.dataio.sampler import DynamicBatchSampler
@@ -35,7 +36,7 @@ MAX_UNALIGNABLE = 0.01
 
 
 class ASR(RecipeBrain):
-    """Features, encoder and error rates; needs the attribute `tokenizer`.
+    """Features, encoder and error rates.
 
     A subclass says in `targets` which token sequences of `dataio_prepare` its batches have.
     """
@@ -43,8 +44,8 @@ class ASR(RecipeBrain):
     best_by = "WER"
     targets = ("tokens",)
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, tokenizer, **kwargs):
+        super().__init__(tokenizer, **kwargs)
         # It resamples on the CPU unless it is told otherwise.
         self.hparams.speed_perturb.device = self.device
 
@@ -145,11 +146,16 @@ def load_hparams(hparams_file, overrides):
 def prepare_data(hparams):
     """Write the manifests that the YAML names, unless `skip_prep` says that they are there."""
     if not hparams["skip_prep"]:
-        arguments = ("data_folder", "save_folder", "train_splits", "dev_splits", "test_splits")
-        run_on_main(
-            prepare_librispeech,
-            kwargs={name: hparams[name] for name in (*arguments, "skip_bad_files")},
+        arguments = (
+            "data_folder",
+            "save_folder",
+            "train_splits",
+            "dev_splits",
+            "test_splits",
+            "skip_bad_files",
+            "num_workers",
         )
+        run_on_main(prepare_librispeech, kwargs={name: hparams[name] for name in arguments})
     if hparams.get("noise_folder"):
         run_on_main(prepare_noise, [hparams["noise_folder"], hparams["noise_csv"]])
 
@@ -405,15 +411,14 @@ def batching(hparams, train_data):
 
 def make_brain(brain_class, hparams, run_opts, tokenizer):
     """Build the Brain from a YAML whose `vocab_size` is the tokenizer's."""
-    brain = brain_class(
+    return brain_class(
+        tokenizer,
         modules=hparams["modules"],
         opt_class=partial(hparams["opt_class"], lr=hparams["lr"]),
         hparams=hparams,
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    brain.tokenizer = tokenizer
-    return brain
 
 
 def start_experiment(argv, script):
@@ -449,7 +454,7 @@ def fit_to_tokenizer(hparams, hparams_file, overrides, tokenizer):
 
 
 def run(brain_class, argv=None):
-    """Prepare, train and test.
+    """Prepare, train, test and, by the key `export_inference`, make the folder for inference.
 
     Arguments
     ---------
@@ -479,7 +484,10 @@ def run(brain_class, argv=None):
         train_loader_kwargs=train_loader_kwargs,
         valid_loader_kwargs=hparams["valid_dataloader_opts"],
     )
-    return {split: brain.test(split, dataset) for split, dataset in test_data.items()}
+    results = {split: brain.test(split, dataset) for split, dataset in test_data.items()}
+    if hparams["export_inference"] and not brain.debug:  # which keeps no checkpoint
+        run_on_main(export, [hparams["output_folder"]])
+    return results
 
 
 def run_script(main):

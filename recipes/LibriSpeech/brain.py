@@ -37,7 +37,7 @@ class RecipeBrain(sb.Brain):
     """Brain of the recipes; subclasses compute the loss and collect errors.
 
     lr_annealing follows the validation loss; the best checkpoint is the one of lowest `best_by`,
-    a class attribute that names a validation statistic.
+    a class attribute that names a validation statistic. Takes the tokenizer and what Brain does.
 
     An update with a NaN or an infinity in its gradients is left out, in any precision, and
     counted; the count outlives a stop within an epoch. SpeechBrain itself counts losses only.
@@ -45,8 +45,9 @@ class RecipeBrain(sb.Brain):
 
     best_by = "loss"
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, tokenizer, **kwargs):
+        super().__init__(**kwargs)
+        self.tokenizer = tokenizer
         self.history = []  # one dict of numbers per epoch
         self.skipped_updates = 0  # since the first epoch
         self.epoch = 0
@@ -275,7 +276,8 @@ def draw_progress(history, path):
         Of the PNG file; replaced as a whole.
     """
     epochs = [epoch["epoch"] for epoch in history]
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    figure = Figure(figsize=(12, 7))
+    figure.subplots_adjust(0.06, 0.08, 0.98, 0.95, wspace=0.15, hspace=0.35)
     for axes, (title, names) in zip(
         figure.subplots(2, 2).flat,
         (

@@ -9,12 +9,13 @@ and, if `lm_folder` is given, a language model of train_lm.py. The command line 
 train_ctc.py. See README.md beside this file.
 """
 
+import filecmp
 import os
 
 import asr
 import speechbrain as sb
 from speechbrain.decoders.scorer import ScorerBuilder
-from speechbrain.utils.parameter_transfer import Pretrainer
+from speechbrain.utils.checkpoints import torch_recovery
 
 
 class Seq2Seq(asr.ASR):
@@ -22,9 +23,9 @@ class Seq2Seq(asr.ASR):
 
     targets = ("tokens", "tokens_bos", "tokens_eos")
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.test_search = make_test_search(self.hparams, self.device)
+    def __init__(self, tokenizer, **kwargs):
+        super().__init__(tokenizer, **kwargs)
+        self.test_search = make_test_search(self.hparams, tokenizer, self.device)
 
     def compute_forward(self, batch, stage):
         """Map waveforms and the tokens so far to log-probabilities.
@@ -68,12 +69,13 @@ class Seq2Seq(asr.ASR):
         return loss
 
 
-def make_test_search(hparams, device):
+def make_test_search(hparams, tokenizer, device):
     """The beam search of the YAML with its scorers.
 
     Arguments
     ---------
     hparams : SimpleNamespace
+    tokenizer : SentencePiece
     device : str
         Where the language model goes.
 
@@ -83,7 +85,7 @@ def make_test_search(hparams, device):
     """
     full_scorers, weights = [hparams.coverage_scorer], {"coverage": hparams.coverage_penalty}
     if hparams.lm_folder:
-        language_model = load_language_model(hparams).to(device)
+        language_model = load_language_model(hparams, tokenizer).to(device)
         full_scorers.append(hparams.rnnlm_scorer(language_model=language_model))
         weights["rnnlm"] = hparams.lm_weight
     weights["ctc"] = hparams.ctc_weight_decode
@@ -92,7 +94,7 @@ def make_test_search(hparams, device):
     return hparams.test_search(scorer=scorer)
 
 
-def load_language_model(hparams):
+def load_language_model(hparams, tokenizer):
     """Load lm.ckpt from `lm_folder`, an output folder of train_lm.py.
 
     Raises
@@ -105,19 +107,16 @@ def load_language_model(hparams):
     path = os.path.join(hparams.lm_folder, "lm.ckpt")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"lm_folder {hparams.lm_folder} has no lm.ckpt: run train_lm.py")
-    tokenizer = os.path.join(hparams.lm_folder, "tokenizer.ckpt")
-    ours = os.path.join(hparams.save_folder, f"{hparams.vocab_size}_{hparams.token_type}.model")
-    with open(tokenizer, "rb") as theirs, open(ours, "rb") as file:
-        if theirs.read() != file.read():
-            raise ValueError(
-                f"lm_folder {hparams.lm_folder} has another tokenizer: "
-                f"set tokenizer_file to {tokenizer}"
-            )
+    their_tokenizer = os.path.join(hparams.lm_folder, "tokenizer.ckpt")
+    if not filecmp.cmp(their_tokenizer, f"{tokenizer.prefix_model_file}.model", shallow=False):
+        raise ValueError(
+            f"lm_folder {hparams.lm_folder} has another tokenizer: "
+            f"set tokenizer_file to {their_tokenizer}"
+        )
     language_model = hparams.lm_model()
-    pretrainer = Pretrainer(loadables={"lm": language_model}, paths={"lm": path})
-    pretrainer.collect_files()
     try:
-        pretrainer.load_collected()
+        # Not by a Pretrainer: it would leave layers that the file lacks at random values.
+        torch_recovery(language_model, path, end_of_epoch=True)
     except RuntimeError as error:  # of load_state_dict
         raise ValueError(
             f"lm_folder {hparams.lm_folder}: its lm.ckpt does not fit lm_model, whose sizes are "
