@@ -415,6 +415,7 @@ def make_corpus(folder, splits=None, seed=0, workers=None, vocabulary="small"):
                 total=sum(len(speaker.sentences) for speaker in missing),
                 desc="synthesising speech",
                 unit="utterance",
+                disable=None,  # without a terminal
             ) as progress,
         ):
             tasks = {

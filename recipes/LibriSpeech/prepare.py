@@ -200,7 +200,7 @@ def _check_utterances(folder, words, num_workers):
     """Sort a split's utterances into manifest rows and {path: reason} of bad ones."""
     utterances = dict.fromkeys(folder.glob("*/*/*.flac")) | words
     paths = sorted(utterances)
-    progress = {"desc": f"checking {folder.name}", "unit": "file"}
+    progress = {"desc": f"checking {folder.name}", "unit": "file", "disable": None}
     if num_workers == 0:
         checked = map(_check_audio, tqdm(paths, **progress))
     else:
