@@ -18,7 +18,7 @@ void check_launch(cudaError_t error) {
                   "sb_fast_sligru: a kernel did not launch: ", cudaGetErrorString(error));
 }
 
-// U as the products read it: centred when a LayerNorm follows, and rounded.
+// U as the products read it: centred when a LayerNorm follows, in the operand type.
 Tensor recurrent_operand(const Inputs& in, cudaStream_t stream) {
   if (!in.layer_norm) return torch::stable::to(in.u, in.operand_type);
   const Tensor uc = new_empty(in.u, {2 * in.hidden(), in.hidden()}, in.operand_type);
@@ -66,11 +66,18 @@ class OnDeviceOf {
 // The persistent kernels read 16 bytes at a time.
 Tensor aligned(const Tensor& t) {
   constexpr int64_t kBytes = 16;
-  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;
-  const bool fits = t.stride(2) == 1 && t.stride(0) * size % kBytes == 0 &&
-                    t.stride(1) * size % kBytes == 0 &&
-                    reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kBytes == 0;
+  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2, last = t.dim() - 1;
+  bool fits = t.stride(last) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kBytes == 0;
+  for (int64_t axis = 0; axis < last; ++axis) fits = fits && t.stride(axis) * size % kBytes == 0;
   return fits ? t : torch::stable::clone(torch::stable::contiguous(t));
+}
+
+Inputs aligned(Inputs in) {
+  in.wx = aligned(in.wx);
+  in.u = aligned(in.u);
+  for (OptionalTensor* t : {&in.h0, &in.drop_mask, &in.ln_weight, &in.ln_bias})
+    if (t->has_value()) *t = aligned(**t);
+  return in;
 }
 
 std::tuple<Tensor, Tensor> persistent_forward(const Inputs& in, cudaStream_t stream) {
@@ -120,8 +127,9 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
     const Tensor w_t = torch::stable::transpose(projection_operand(in, u), 0, 1);
     const int64_t width = w_t.size(1), padded = padded_hidden(H);
     const int64_t streams = coefficient_streams(ln);
+    const int64_t operand_bytes = in.operand_type == fp32 ? 4 : 2;
     const int64_t bytes_per_step =
-        R * (4 * width + 2 * (H + streams * padded + 2 * padded + 2 * H));
+        R * (4 * width + operand_bytes * (H + streams * padded + 2 * padded + 2 * H));
     const int64_t bytes =
         std::clamp<int64_t>(kChunkSteps * bytes_per_step, kChunkBytes, kMostBytes);
     const int64_t chunk = std::clamp<int64_t>(bytes / bytes_per_step, 1, T);
@@ -230,11 +238,10 @@ std::tuple<Tensor, Tensor> light_gru_cuda(const Tensor& wx, const Tensor& u, Opt
                                           std::string activation, bool bidirectional,
                                           ScalarType operand_dtype, std::string backend) {
   const OnDeviceOf device(wx);
-  Inputs in = check_inputs(wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, eps, activation,
-                           bidirectional, operand_dtype);
+  const Inputs in = check_inputs(wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, eps,
+                                 activation, bidirectional, operand_dtype);
   if (!use_persistent(backend, in)) return forward_sweep(in, CudaSteps{device.stream()});
-  in.wx = aligned(in.wx);
-  return persistent_forward(in, device.stream());
+  return persistent_forward(aligned(in), device.stream());
 }
 
 Gradients light_gru_backward_cuda(const Tensor& grad_h, const Tensor& wx, const Tensor& u,
@@ -245,15 +252,14 @@ Gradients light_gru_backward_cuda(const Tensor& grad_h, const Tensor& wx, const 
                                   const Tensor& rho, bool need_wx, bool need_u, bool need_h0,
                                   bool need_ln) {
   const OnDeviceOf device(wx);
-  Inputs in = check_inputs(wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, eps, activation,
-                           bidirectional, operand_dtype);
+  const Inputs in = check_inputs(wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, eps,
+                                 activation, bidirectional, operand_dtype);
   check_saved(in, grad_h, h, rho, u.scalar_type());
   const Needs needs{need_wx, need_u, need_h0, need_ln};
   if (!use_persistent(backend, in)) {
     return backward_sweep(in, grad_h, h, rho, needs, CudaSteps{device.stream()});
   }
-  in.wx = aligned(in.wx);
-  return persistent_backward(in, grad_h, h, rho, needs, device.stream());
+  return persistent_backward(aligned(in), grad_h, h, rho, needs, device.stream());
 }
 
 }  // namespace

@@ -18,10 +18,14 @@
 
 namespace sb_fast_sligru {
 
+// Operand types: bfloat16, float16 and float32. All pointers into tensors are 16-byte aligned.
+//
+// A float32 operand of the recurrent product is split into two float16 numbers
+// (persistent_float.cuh); the other arrays that are of the operand type then hold float32.
 struct PersistentForward {
   Recurrence layer;  // wx and both its strides in bytes: multiples of 16
-  const void* u;     // [2H, H] operand type, 16-byte aligned; with layer_norm its columns were
-                     // centred before they were rounded
+  const void* u;     // [2H, H] operand type; with layer_norm its columns were centred before they
+                     // were rounded
   void* h;           // [B, T, D * H] output type, contiguous; written
   float* rho;        // [R, T] at true time, written; null without layer_norm
 };

@@ -17,6 +17,7 @@
 // exchange.cuh): a block writes step k + 1's only after it has all of step k's, which every block
 // sends after a __syncthreads that follows its last read of step k - 1's.
 #include "cluster_launch.cuh"
+#include "persistent_float.cuh"
 #include "persistent_wide.cuh"
 
 namespace sb_fast_sligru {
@@ -323,8 +324,16 @@ int coefficient_streams(bool layer_norm) {
 }
 
 cudaError_t run_backward(const PersistentBackward& p, cudaStream_t stream) {
-  return p.layer.operand_type == DType::kBFloat16 ? launch_backward<__nv_bfloat16>(p, stream)
-                                                  : launch_backward<__half>(p, stream);
+  switch (p.layer.operand_type) {
+    case DType::kFloat32:
+      return run_backward_float(p, stream);
+    case DType::kBFloat16:
+      return launch_backward<__nv_bfloat16>(p, stream);
+    case DType::kFloat16:
+      return launch_backward<__half>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace sb_fast_sligru

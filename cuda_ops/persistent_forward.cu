@@ -15,6 +15,7 @@
 // over and hop 2 that the reads of the statistics are; Li-GRU has hop 2 alone and alternates two
 // buffers.
 #include "cluster_launch.cuh"
+#include "persistent_float.cuh"
 #include "persistent_wide.cuh"
 
 namespace sb_fast_sligru {
@@ -310,17 +311,20 @@ int padded_hidden(int64_t hidden) {
 PersistentPlan persistent_plan(int64_t hidden, DType operand_type) {
   const int padded = padded_hidden(hidden);
   PersistentPlan plan = {nullptr, padded == kWideHidden ? kWideRows : kRows, 0};
-  if (operand_type != DType::kBFloat16 && operand_type != DType::kFloat16) {
-    plan.reason = "the persistent kernels take bfloat16 and float16 operands only";
+  if (operand_type == DType::kFloat64) {
+    plan.reason = "the persistent kernels take float32, bfloat16 and float16 operands only";
   } else if (hidden < 16 || hidden % 8 != 0) {
     plan.reason = "the hidden size is not a multiple of 8 from 16 on";
   } else if (padded == 0) {
     plan.reason = "the hidden size is above 1024: the recurrent weight does not fit on chip";
+  } else if (operand_type == DType::kFloat32 && padded > 512) {
+    plan.reason = "the hidden size is above 512: a float32 recurrent weight does not fit on chip";
   } else {
-    plan.resident_clusters = padded == 128   ? resident_clusters<4>()
-                             : padded == 256 ? resident_clusters<8>()
-                             : padded == 512 ? resident_clusters<16>()
-                                             : resident_clusters_wide();
+    plan.resident_clusters = operand_type == DType::kFloat32 ? resident_clusters_float(padded)
+                             : padded == 128                 ? resident_clusters<4>()
+                             : padded == 256                 ? resident_clusters<8>()
+                             : padded == 512                 ? resident_clusters<16>()
+                                                             : resident_clusters_wide();
     if (plan.resident_clusters == 0)
       plan.reason = "the GPU does not run thread-block clusters of the size needed";
   }
@@ -328,8 +332,16 @@ PersistentPlan persistent_plan(int64_t hidden, DType operand_type) {
 }
 
 cudaError_t run_forward(const PersistentForward& p, cudaStream_t stream) {
-  return p.layer.operand_type == DType::kBFloat16 ? launch_forward<__nv_bfloat16>(p, stream)
-                                                  : launch_forward<__half>(p, stream);
+  switch (p.layer.operand_type) {
+    case DType::kFloat32:
+      return run_forward_float(p, stream);
+    case DType::kBFloat16:
+      return launch_forward<__nv_bfloat16>(p, stream);
+    case DType::kFloat16:
+      return launch_forward<__half>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace sb_fast_sligru

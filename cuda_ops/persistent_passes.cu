@@ -1,6 +1,6 @@
 // The elementwise passes around the sequential backward kernel: everything that does not depend on
 // the order of time steps. The algebra is at the head of persistent_backward.cu. Every thread
-// handles 8 neighbouring units, 16 bytes of the operand type.
+// handles 8 neighbouring units.
 #include "cluster_launch.cuh"
 #include "persistent.cuh"
 
@@ -11,8 +11,16 @@ constexpr int kVector = 8;
 constexpr int kPassThreads = 256;
 constexpr int kSegment = 8;  // steps that one block of finish_kernel handles
 
+__device__ __forceinline__ void load(const float* from, float (&x)[kVector]) {
+  const float4 low = reinterpret_cast<const float4*>(from)[0];
+  const float4 high = reinterpret_cast<const float4*>(from)[1];
+  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
 template <class T>
-__device__ __forceinline__ void unpack(const uint4& bits, float (&x)[kVector]) {
+__device__ __forceinline__ void load(const T* from, float (&x)[kVector]) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(from);
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -21,22 +29,16 @@ __device__ __forceinline__ void unpack(const uint4& bits, float (&x)[kVector]) {
   }
 }
 
-template <class T>
-__device__ __forceinline__ uint4 pack(const float (&x)[kVector]) {
-  return make_uint4(OperandTraits<T>::pack(x[0], x[1]), OperandTraits<T>::pack(x[2], x[3]),
-                    OperandTraits<T>::pack(x[4], x[5]), OperandTraits<T>::pack(x[6], x[7]));
-}
-
-__device__ __forceinline__ void load(const float* from, float (&x)[kVector]) {
-  const float4 low = reinterpret_cast<const float4*>(from)[0];
-  const float4 high = reinterpret_cast<const float4*>(from)[1];
-  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-}
-
 __device__ __forceinline__ void store(float* to, const float (&x)[kVector]) {
   reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
   reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
+}
+
+template <class T>
+__device__ __forceinline__ void store(T* to, const float (&x)[kVector]) {
+  *reinterpret_cast<uint4*>(to) =
+      make_uint4(OperandTraits<T>::pack(x[0], x[1]), OperandTraits<T>::pack(x[2], x[3]),
+                 OperandTraits<T>::pack(x[4], x[5]), OperandTraits<T>::pack(x[6], x[7]));
 }
 
 // 8 elements of a sequence of float or T.
@@ -45,7 +47,15 @@ __device__ __forceinline__ void load(DType type, const char* from, float (&x)[kV
   if (type == DType::kFloat32)
     load(reinterpret_cast<const float*>(from), x);
   else
-    unpack<T>(*reinterpret_cast<const uint4*>(from), x);
+    load(reinterpret_cast<const T*>(from), x);
+}
+
+template <class T>
+__device__ __forceinline__ void store(DType type, char* to, const float (&x)[kVector]) {
+  if (type == DType::kFloat32)
+    store(reinterpret_cast<float*>(to), x);
+  else
+    store(reinterpret_cast<T*>(to), x);
 }
 
 // Parameters of 8 units; `fallback` where there are none.
@@ -82,7 +92,7 @@ __global__ void __launch_bounds__(kPassThreads)
             h_sequence(layer, p.h).at(layer, row, n - 1, row.direction * hidden + unit), h);
   else
     load_or(layer.h0, int64_t{row.index} * hidden + unit, 0.f, h);
-  reinterpret_cast<uint4*>(p.h_previous)[i] = pack<T>(h);
+  store(static_cast<T*>(p.h_previous) + i * kVector, h);
 }
 
 // Coefficients of the linear recurrence; zero where a unit is padding.
@@ -109,8 +119,7 @@ __global__ void __launch_bounds__(kPassThreads)
     load(projection, r_a);
     load(projection + hidden, r_z);
     load_or(layer.drop_mask, int64_t{row.index} * hidden + unit, 1.f, mask);
-    unpack<T>(reinterpret_cast<const uint4*>(p.h_previous)[(row_step * hidden + unit) / kVector],
-              h);
+    load(static_cast<const T*>(p.h_previous) + row_step * hidden + unit, h);
     float rho = 1.f;
     if constexpr (kLayerNorm) {
       load(projection + 2 * hidden, v);
@@ -145,9 +154,9 @@ __global__ void __launch_bounds__(kPassThreads)
       }
     }
   }
-  uint4* to = static_cast<uint4*>(p.coefficients) + row_step * kStreams * vectors + unit / kVector;
+  T* to = static_cast<T*>(p.coefficients) + row_step * kStreams * padded + unit;
 #pragma unroll
-  for (int s = 0; s < kStreams; s++) to[s * vectors] = pack<T>(out[s]);
+  for (int s = 0; s < kStreams; s++) store(to + s * padded, out[s]);
 }
 
 // Gradients of wx; operands dr = gamma dwx - m2 xh and rho h_previous of the product that gives du
@@ -172,11 +181,11 @@ __global__ void finish_kernel(const __grid_constant__ PersistentBackward p, int 
   for (int k = segment * kSegment; k < end; k++) {
     const int64_t row_step = int64_t{row.index} * count + k;
     const int64_t n = p.first + k;
-    const uint4 bits = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.dwx_rows) +
-                                                       (row_step * 2 + gate) * padded + column -
-                                                       (gate ? hidden : 0));
+    T* dr_row = static_cast<T*>(p.dr) + row_step * 2 * hidden + column;
     float dwx[kVector], x[kVector];
-    unpack<T>(bits, dwx);
+    load(static_cast<const T*>(p.dwx_rows) + (row_step * 2 + gate) * padded + column -
+             (gate ? hidden : 0),
+         dwx);
     if constexpr (kLayerNorm) {
       float r[kVector], dr[kVector];
       load(p.projection + row_step * 3 * hidden + column, r);
@@ -189,17 +198,16 @@ __global__ void finish_kernel(const __grid_constant__ PersistentBackward p, int 
         weight_sum[j] = fmaf(dwx[j], xh, weight_sum[j]);
         bias_sum[j] += dwx[j];
       }
-      reinterpret_cast<uint4*>(p.dr)[(row_step * 2 * hidden + column) / kVector] = pack<T>(dr);
+      store(dr_row, dr);
       if (!gate) {
-        uint4* previous =
-            reinterpret_cast<uint4*>(p.h_previous) + (row_step * hidden + column) / kVector;
-        unpack<T>(*previous, x);
+        T* previous = static_cast<T*>(p.h_previous) + row_step * hidden + column;
+        load(static_cast<const T*>(previous), x);
 #pragma unroll
         for (int j = 0; j < kVector; j++) x[j] *= rho;
-        *previous = pack<T>(x);
+        store(previous, x);
       }
     } else {
-      reinterpret_cast<uint4*>(p.dr)[(row_step * 2 * hidden + column) / kVector] = bits;
+      store(dr_row, dwx);
     }
     // The other direction wrote this time step in a chunk processed earlier, or (direction 1,
     // launched second) in this one.
@@ -214,10 +222,7 @@ __global__ void finish_kernel(const __grid_constant__ PersistentBackward p, int 
 #pragma unroll
       for (int j = 0; j < kVector; j++) dwx[j] += x[j];
     }
-    if (layer.wx_type == DType::kFloat32)
-      store(reinterpret_cast<float*>(to), dwx);
-    else
-      *reinterpret_cast<uint4*>(to) = pack<T>(dwx);
+    store<T>(layer.wx_type, to, dwx);
   }
   if (kLayerNorm && p.affine_partial != nullptr) {
     float* partial =
@@ -260,23 +265,35 @@ cudaError_t finish(const PersistentBackward& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// Calls `pass` with a value of the operand type.
+template <class Pass>
+cudaError_t with_operand_type(const Recurrence& layer, Pass pass) {
+  switch (layer.operand_type) {
+    case DType::kFloat32:
+      return pass(float{});
+    case DType::kBFloat16:
+      return pass(__nv_bfloat16{});
+    case DType::kFloat16:
+      return pass(__half{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 }  // namespace
 
 int64_t affine_partials(int64_t rows, int64_t count) { return rows * ceil_div(count, kSegment); }
 
 cudaError_t gather_h_previous(const PersistentBackward& p, cudaStream_t stream) {
-  return p.layer.operand_type == DType::kBFloat16 ? gather<__nv_bfloat16>(p, stream)
-                                                  : gather<__half>(p, stream);
+  return with_operand_type(p.layer, [&](auto t) { return gather<decltype(t)>(p, stream); });
 }
 
 cudaError_t prepare_backward(const PersistentBackward& p, cudaStream_t stream) {
-  return p.layer.operand_type == DType::kBFloat16 ? prepare<__nv_bfloat16>(p, stream)
-                                                  : prepare<__half>(p, stream);
+  return with_operand_type(p.layer, [&](auto t) { return prepare<decltype(t)>(p, stream); });
 }
 
 cudaError_t finish_backward(const PersistentBackward& p, cudaStream_t stream) {
-  return p.layer.operand_type == DType::kBFloat16 ? finish<__nv_bfloat16>(p, stream)
-                                                  : finish<__half>(p, stream);
+  return with_operand_type(p.layer, [&](auto t) { return finish<decltype(t)>(p, stream); });
 }
 
 }  // namespace sb_fast_sligru

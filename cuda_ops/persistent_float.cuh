@@ -1,0 +1,72 @@
+// Products of float32 numbers on tensor cores, and the geometry of the float32 kernels for H <=
+// 512.
+//
+// x = (high + low / 2048) / scale, with high = float16(x scale), low = float16((x scale - high)
+// 2048) and a power of two for scale: 22 bits and the sign, 2^-24 to 2^-23 relative. A product of
+// two such numbers is high high + (high low + low high) / 2048; low low is below float's rounding.
+// One m16n8k16 product gives all of it for 8 rows of U and 4 rows of the batch: row g of its left
+// operand is the high part of U's row g and row g + 8 the low part, column 2n of its right operand
+// is the high part of the batch's row n and column 2n + 1 the low part. Lane 4g + c of the
+// accumulator then holds the four partial products of (g, c).
+//
+// Range: a scale from the operand's own maximum (of U: a row or a warp's part; of gradients: a row,
+// every step) covers every float. The hidden state has the fixed kHiddenScale: beyond 2^20 it
+// becomes infinite, hence NaN, never a wrong number; below 2^-10 its error stays at 2^-32.
+#pragma once
+
+#include "persistent.cuh"
+
+namespace sb_fast_sligru {
+
+// A cluster serves 4 rows (kRows) and a block owns 32 units (kBlockUnits), as in persistent.cuh;
+// with two float16 a weight it takes 8 warps to hold them in registers.
+constexpr int kFloatWarps = 8;
+constexpr int kFloatThreads = 32 * kFloatWarps;
+
+constexpr float kLowScale = 2048.f;
+constexpr float kHiddenScale = 1.f / 16.f;
+
+struct SplitPair {
+  uint32_t high, low;  // two float16 each
+};
+
+__device__ __forceinline__ SplitPair split(float x, float y) {
+  const __half2 high = __floats2half2_rn(x, y);
+  const float2 rounded = __half22float2(high);
+  return {reinterpret_cast<const uint32_t&>(high),
+          OperandTraits<__half>::pack((x - rounded.x) * kLowScale, (y - rounded.y) * kLowScale)};
+}
+
+// The power of two that brings `magnitude` into [2^14, 2^15), at most 2^100.
+struct Scale {
+  float value, inverse;
+};
+
+__device__ __forceinline__ Scale scale_for(float magnitude) {
+  const int exponent = static_cast<int>(__float_as_uint(magnitude) >> 23);  // 255: inf or NaN
+  const int biased = min(268 - exponent, 227);
+  return {__uint_as_float(static_cast<uint32_t>(biased) << 23),
+          __uint_as_float(static_cast<uint32_t>(254 - biased) << 23)};
+}
+
+__device__ __forceinline__ float max_lane_xor(float x, int offset) {
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+}
+
+// d = a b.
+__device__ __forceinline__ void multiply_new(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+}
+
+// Launchers; see run_forward and run_backward, which choose by the operand type.
+cudaError_t run_forward_float(const PersistentForward& p, cudaStream_t stream);
+cudaError_t run_backward_float(const PersistentBackward& p, cudaStream_t stream);
+// Clusters that run at once on the current device for a padded H; 0 if it has none of that size.
+int resident_clusters_float(int padded);
+
+}  // namespace sb_fast_sligru
