@@ -111,7 +111,7 @@ void run(const Case& c) {
   };
   const size_t rows = size_t{1} * c.batch * c.directions, hidden = c.hidden;
   const size_t tokens = size_t{1} * c.batch * c.steps, row_steps = rows * c.chunk;
-  const size_t padded = padded_hidden(c.hidden);
+  const size_t padded = padded_hidden(c.hidden), size = bytes(c.operand);
 
   Recurrence layer = {};
   layer.batch = c.batch, layer.time = c.steps, layer.hidden = c.hidden;
@@ -137,12 +137,12 @@ void run(const Case& c) {
   backward.grad_h_batch_stride = backward.grad_h_time_stride * c.steps;
   backward.dwx = arena.take(tokens * 2 * hidden * bytes(c.sequences));
   backward.carry = static_cast<float*>(random(DType::kFloat32, rows * hidden, 0.f));
-  backward.h_previous = arena.take(2 * row_steps * hidden);
+  backward.h_previous = arena.take(size * row_steps * hidden);
   backward.projection = static_cast<float*>(random(DType::kFloat32, 3 * row_steps * hidden, 0.3f));
-  backward.coefficients = arena.take(2 * row_steps * coefficient_streams(c.layer_norm) * padded);
-  backward.dwx_rows = arena.take(2 * row_steps * 2 * padded);
+  backward.coefficients = arena.take(size * row_steps * coefficient_streams(c.layer_norm) * padded);
+  backward.dwx_rows = arena.take(size * row_steps * 2 * padded);
   backward.m2 = c.layer_norm ? arena.floats(row_steps) : nullptr;
-  backward.dr = arena.take(2 * row_steps * 2 * hidden);
+  backward.dr = arena.take(size * row_steps * 2 * hidden);
 
   const auto step = [](int steps, const auto& launch) { return microseconds(launch) / steps; };
   const double times[5] = {step(c.steps, [&] { return run_forward(forward, nullptr); }),
@@ -181,7 +181,16 @@ int main() {
            {"SLi-GRU bfloat16", 120, 2, 400, 1024, 100},
            {"SLi-GRU bfloat16", 16, 1, 4000, 256, 1000},
            {"SLi-GRU bfloat16", 60, 1, 4000, 256, 1000},
-           {"SLi-GRU bfloat16", 16, 1, 4000, 128, 1000}})
+           {"SLi-GRU bfloat16", 16, 1, 4000, 128, 1000},
+           {"SLi-GRU float32", 16, 1, 1000, 512, 500, true, DType::kFloat32, DType::kFloat32},
+           {"SLi-GRU float32", 16, 1, 4000, 512, 500, true, DType::kFloat32, DType::kFloat32},
+           {"SLi-GRU float32, tanh", 16, 1, 4000, 512, 500, true, DType::kFloat32, DType::kFloat32,
+            Activation::kTanh},
+           {"Li-GRU float32", 16, 1, 4000, 512, 500, false, DType::kFloat32, DType::kFloat32},
+           {"SLi-GRU float32", 28, 1, 1000, 512, 500, true, DType::kFloat32, DType::kFloat32},
+           {"SLi-GRU float32", 28, 2, 1000, 512, 500, true, DType::kFloat32, DType::kFloat32},
+           {"SLi-GRU float32", 16, 1, 4000, 256, 500, true, DType::kFloat32, DType::kFloat32},
+           {"SLi-GRU float32", 16, 1, 4000, 128, 500, true, DType::kFloat32, DType::kFloat32}})
     run(c);
   return 0;
 }

@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   }
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) largest = max_lane_xor(largest, offset);
-  const Scale weight_scale = scale_for(largest);
-  float weight_factor = weight_scale.inverse;
+  const float weight_scale = scale_for(largest);
+  float weight_factor = inverse_of(weight_scale);
 #pragma unroll
   for (int i = 0; i < kTargets; i++)
 #pragma unroll
@@ -119,10 +119,10 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 #pragma unroll
       for (int k = 0; k < kWarps; k++) {
         uint32_t (&w)[4] = weights[i][m][k];
-        const SplitPair candidate = split(__uint_as_float(w[0]) * weight_scale.value,
-                                          __uint_as_float(w[1]) * weight_scale.value);
-        const SplitPair gate = split(__uint_as_float(w[2]) * weight_scale.value,
-                                     __uint_as_float(w[3]) * weight_scale.value);
+        const SplitPair candidate =
+            split(__uint_as_float(w[0]) * weight_scale, __uint_as_float(w[1]) * weight_scale);
+        const SplitPair gate =
+            split(__uint_as_float(w[2]) * weight_scale, __uint_as_float(w[3]) * weight_scale);
         w[0] = candidate.high, w[1] = candidate.low, w[2] = gate.high, w[3] = gate.low;
       }
   // From a target to the mbarrier of its block: distances within a block's shared memory are the
@@ -233,15 +233,15 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       float magnitude = fmaxf(fabsf(dwx_a), fabsf(dwx_z));
 #pragma unroll
       for (int offset = 1; offset < 8; offset *= 2) magnitude = max_lane_xor(magnitude, offset);
-      const Scale scale = scale_for(magnitude);
-      const SplitPair parts = split(dwx_a * scale.value, dwx_z * scale.value);
+      const float scale = scale_for(magnitude);
+      const SplitPair parts = split(dwx_a * scale, dwx_z * scale);
       const uint32_t store = operand_store + buffer * sizeof(operand[0]);
       store_bits(store, static_cast<uint16_t>(parts.high));
       store_bits(store + 4, static_cast<uint16_t>(parts.high >> 16));
       store_bits(store + sizeof(operand[0][0][0]), static_cast<uint16_t>(parts.low));
       store_bits(store + sizeof(operand[0][0][0]) + 4, static_cast<uint16_t>(parts.low >> 16));
       if (c == 0 && g % 2 == 0)
-        store_float(scale_store + buffer * sizeof(inverse_scale[0]), scale.inverse);
+        store_float(scale_store + buffer * sizeof(inverse_scale[0]), inverse_of(scale));
       if constexpr (kLayerNorm) {
         store_float(term_store + buffer * sizeof(m2_terms[0]), d * coefficients[3]);
         v = coefficients[4];

@@ -10,8 +10,8 @@
 // accumulator then holds the four partial products of (g, c).
 //
 // Range: a scale from the operand's own maximum (of U: a row or a warp's part; of gradients: a row,
-// every step) covers every float. The hidden state has the fixed kHiddenScale: beyond 2^20 it
-// becomes infinite, hence NaN, never a wrong number; below 2^-10 its error stays at 2^-32.
+// every step) covers every float. The hidden state is not scaled: from 65520 on it becomes
+// infinite, hence NaN, never a wrong number; below 2^-14 its error stays at 2^-37.
 #pragma once
 
 #include "persistent.cuh"
@@ -24,7 +24,6 @@ constexpr int kFloatWarps = 8;
 constexpr int kFloatThreads = 32 * kFloatWarps;
 
 constexpr float kLowScale = 2048.f;
-constexpr float kHiddenScale = 1.f / 16.f;
 
 struct SplitPair {
   uint32_t high, low;  // two float16 each
@@ -38,15 +37,14 @@ __device__ __forceinline__ SplitPair split(float x, float y) {
 }
 
 // The power of two that brings `magnitude` into [2^14, 2^15), at most 2^100.
-struct Scale {
-  float value, inverse;
-};
+__device__ __forceinline__ float scale_for(float magnitude) {
+  const uint32_t exponent = __float_as_uint(magnitude) >> 23;  // 255: inf or NaN
+  return __uint_as_float(min(268 - exponent, 227u) << 23);
+}
 
-__device__ __forceinline__ Scale scale_for(float magnitude) {
-  const int exponent = static_cast<int>(__float_as_uint(magnitude) >> 23);  // 255: inf or NaN
-  const int biased = min(268 - exponent, 227);
-  return {__uint_as_float(static_cast<uint32_t>(biased) << 23),
-          __uint_as_float(static_cast<uint32_t>(254 - biased) << 23)};
+// 1 / scale of a power of two.
+__device__ __forceinline__ float inverse_of(float scale) {
+  return __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
 
 __device__ __forceinline__ float max_lane_xor(float x, int offset) {

@@ -12,12 +12,11 @@
 namespace sb_fast_sligru {
 namespace {
 
-constexpr int kWarpUnits = kBlockUnits / kFloatWarps;
-
 template <int kCluster, bool kLayerNorm>
 __global__ void __launch_bounds__(kFloatThreads, 1)
     forward_float_kernel(const __grid_constant__ PersistentForward p) {
 #if SB_FAST_SLIGRU_HAS_CLUSTERS
+  constexpr int kWarpUnits = kBlockUnits / kFloatWarps;
   constexpr int kBuffers = kLayerNorm ? 1 : 2;
   // h arrives under several mbarriers, so that the product starts on the first.
   constexpr int kGroups = kCluster < 8 ? 2 : 4;
@@ -75,8 +74,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     if (h0 != nullptr && column < hidden_size)
       x = *reinterpret_cast<const float4*>(
           h0 + int64_t{locate_row(layer, row0 + row).index} * hidden_size + column);
-    const SplitPair first = split(x.x * kHiddenScale, x.y * kHiddenScale);
-    const SplitPair second = split(x.z * kHiddenScale, x.w * kHiddenScale);
+    const SplitPair first = split(x.x, x.y);
+    const SplitPair second = split(x.z, x.w);
     *reinterpret_cast<uint4*>(&hidden[0][i * 16]) =
         make_uint4(first.high, second.high, first.low, second.low);
   }
@@ -104,20 +103,18 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     }
   }
   largest = max_lane_xor(max_lane_xor(largest, 1), 2);  // of the row
-  const Scale scale = scale_for(largest);
+  const float scale = scale_for(largest);
 #pragma unroll
   for (int o = 0; o < kCluster; o++) {
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       uint32_t (&w)[4] = weights[o][j];
-      const SplitPair first =
-          split(__uint_as_float(w[0]) * scale.value, __uint_as_float(w[1]) * scale.value);
-      const SplitPair second =
-          split(__uint_as_float(w[2]) * scale.value, __uint_as_float(w[3]) * scale.value);
+      const SplitPair first = split(__uint_as_float(w[0]) * scale, __uint_as_float(w[1]) * scale);
+      const SplitPair second = split(__uint_as_float(w[2]) * scale, __uint_as_float(w[3]) * scale);
       w[0] = first.high, w[1] = first.low, w[2] = second.high, w[3] = second.low;
     }
   }
-  float high_factor = scale.inverse / kHiddenScale;  // of the products
+  float high_factor = inverse_of(scale);  // of the products
   float low_factor = high_factor / kLowScale;
 
   const Row row = locate_row(layer, row0 + c);
@@ -257,8 +254,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     const float candidate = fast_activate(activation, fmaf(r_a, rho, wx_a)) * mask;
     h = next_hidden(h, z, candidate);
 
-    const float scaled = h * kHiddenScale, high = __half2float(__float2half_rn(scaled));
-    const uint32_t parts = OperandTraits<__half>::pack(scaled, (scaled - high) * kLowScale);
+    const float high = __half2float(__float2half_rn(h));
+    const uint32_t parts = OperandTraits<__half>::pack(h, (h - high) * kLowScale);
     const uint32_t word = __byte_perm(parts, __shfl_xor_sync(0xffffffffu, parts, 4), word_bytes);
     const uint32_t next = (t + 1) % kBuffers;
 #pragma unroll
