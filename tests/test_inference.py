@@ -15,7 +15,7 @@ import train_ctc
 import train_lm
 import train_seq2seq
 import transcribe
-from export_inference import export, main
+from export_inference import _entries, _needed, export, main
 from mini_librispeech import make_corpus
 from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 from speechbrain.utils.metric_stats import ErrorRateStats
@@ -119,6 +119,32 @@ def test_transcripts_are_those_of_the_run_s_test(run, exported, audio, tmp_path,
     assert len(expected) == len(set(expected.values())) == len(audio)
     assert {name: " ".join(text.split()) for name, text in texts.items()} == expected
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]  # nothing written beside it
+
+
+def test_references_of_the_run_s_yaml_are_restored():
+    yaml = """
+a: 1  # a comment
+block: &id001
+- 2
+- 3
+
+######## A section
+
+rnn: &id010 !name:x.Y
+    size: 4
+net: !new:x.Z
+  # and another
+    block: *id001
+    rnns: [*id010, *id010]
+"""
+    entries = _entries(yaml)
+    assert entries == {
+        "a": "a: 1  # a comment\n",
+        "block": "block:\n- 2\n- 3\n",
+        "rnn": "rnn: !name:x.Y\n    size: 4\n",
+        "net": "net: !new:x.Z\n    block: !ref <block>\n    rnns: [!ref <rnn>, !ref <rnn>]\n",
+    }
+    assert _needed(entries, "x: !ref <net>") == entries["block"] + entries["rnn"] + entries["net"]
 
 
 def test_best_checkpoint_is_taken(run, tmp_path):

@@ -151,8 +151,8 @@ def _entries(run_yaml):
     SpeechBrain saves the YAML of a run with anchors where several keys share an object. They
     become references to keys again: overriding one, such as `rnn_class`, then has its effect.
     """
-    for key, anchor in re.findall(r"^(\w+): &(id\d+) ", run_yaml, re.MULTILINE):
-        run_yaml = run_yaml.replace(f"&{anchor} ", "")
+    for key, anchor in re.findall(r"^(\w+): &(id\d+)\b", run_yaml, re.MULTILINE):
+        run_yaml = re.sub(rf" &{anchor}\b", "", run_yaml)
         run_yaml = re.sub(rf"\*{anchor}\b", f"!ref <{key}>", run_yaml)
     lines = re.sub(r"^\s*(#.*)?\n", "", run_yaml, flags=re.MULTILINE)
     found = re.findall(r"^((\w+):.*\n(?:[ -].*\n)*)", lines, re.MULTILINE)
