@@ -121,6 +121,12 @@ def test_transcripts_are_those_of_the_run_s_test(run, exported, audio, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]  # nothing written beside it
 
 
+def test_recipe_exports_at_its_end(run, exported):
+    files = {path.name: path.read_bytes() for path in exported.iterdir()}
+    assert sorted(files) == ["hyperparams.yaml", "model.ckpt", "normalizer.ckpt", "tokenizer.ckpt"]
+    assert {path.name: path.read_bytes() for path in (run / "inference").iterdir()} == files
+
+
 def test_references_of_the_run_s_yaml_are_restored():
     yaml = """
 a: 1  # a comment
