@@ -9,13 +9,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import asr
+import numpy as np
 import pytest
 import ruamel.yaml
+import soundfile
 import speechbrain as sb
 import torch
 import train_ctc
+import train_lm
+import train_seq2seq
 from mini_librispeech import make_corpus
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.run_opts import RunOptions
@@ -106,6 +111,13 @@ def epochs(output_folder):
         for line in (Path(output_folder) / "train_log.txt").read_text().splitlines()
         if line.startswith("epoch:")
     ]
+
+
+def write_manifest(folder, transcripts, seconds=3.0):
+    folder.mkdir(exist_ok=True)
+    with open(folder / "train.csv", "w", newline="", encoding="utf-8") as file:
+        rows = [(f"u{n}", seconds, "x.flac", "s", text) for n, text in enumerate(transcripts)]
+        csv.writer(file).writerows([("ID", "duration", "wav", "spk_id", "wrd"), *rows])
 
 
 def yaml_keys(path):
@@ -320,14 +332,155 @@ def test_dynamic_batches_keep_the_limit_and_change_with_the_epoch(train_data):
     assert plans[0] == plans[2] != plans[1]
 
 
+# Augmentation
+
+
+def test_noise_of_a_folder_is_added(tmp_path):
+    """At 0 to 15 dB; SpeechBrain's AddNoise reads our manifest."""
+    (tmp_path / "noises" / "a.b").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("a.b/long.flac", "short.wav"):
+        soundfile.write(tmp_path / "noises" / name, 0.1 * rng.standard_normal(32000), 16000)
+    left_out = [f"--enable_{name}=False" for name in ("speed_perturb", "drop_freq", "drop_chunk")]
+    arguments = [f"--noise_folder={tmp_path / 'noises'}", f"--output_folder={tmp_path}"]
+    hparams = load_batching(*arguments, *left_out, "--skip_prep=True")
+    asr.prepare_data(hparams)
+    waves = torch.sin(torch.arange(16000) / 10).repeat(2, 1)
+    noisy, lengths = hparams["wav_augment"](waves, torch.ones(2))
+    assert noisy.shape == waves.shape and lengths.tolist() == [1, 1]
+    for wave, sum in zip(waves, noisy, strict=True):
+        scale = (wave @ sum) / (wave @ wave)
+        snr = 20 * torch.log10(scale * wave.norm() / (sum - scale * wave).norm())
+        assert -1 < snr < 16
+    assert not load_batching()["enable_add_noise"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "message"),
+    [(8000, 1, "noise.wav has 8000 Hz and 1 channel"), (16000, 2, "16000 Hz and 2 channel")],
+)
+def test_unfit_noise_is_named(tmp_path, rate, channels, message):
+    soundfile.write(tmp_path / "noise.wav", np.zeros((100, channels)), rate)
+    with pytest.raises(ValueError, match=message):
+        asr.prepare_noise(tmp_path, tmp_path / "noise.csv")
+    (tmp_path / "noise.wav").unlink()
+    with pytest.raises(FileNotFoundError, match="noise_folder .* holds no .wav or .flac file"):
+        asr.prepare_noise(tmp_path, tmp_path / "noise.csv")
+
+
+# Language model and tokenizer
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """Output folder of train_lm.py, trained on one sentence again and again."""
+    folder = tmp_path_factory.mktemp("language model")
+    sentences = ["THE KING FOUND A LANTERN", "", "THE SAILOR FOUND THE KING"]
+    (folder / "text.txt").write_text("\n".join(20 * sentences))
+    write_manifest(folder / "save", sentences[:1])
+    shutil.copy(folder / "save/train.csv", folder / "save/dev-clean.csv")
+    shutil.copy(folder / "save/train.csv", folder / "save/test-clean.csv")
+    results = train_lm.main(
+        [
+            str(ROOT / "hparams/librispeech_lm.yaml"),
+            "--data_folder=x",
+            "--skip_prep=True",
+            f"--text_file={folder / 'text.txt'}",
+            f"--test_csv=[{folder / 'save/test-clean.csv'}]",
+            f"--output_folder={folder}",
+            *("--device=cpu", "--num_workers=0", "--vocab_size=30", "--noprogressbar"),
+            *("--number_of_epochs=8", "--batch_size=2", *LM_SIZES),
+        ]
+    )
+    return folder, results
+
+
+LM_SIZES = ("--lm_rnn_layers=1", "--lm_rnn_neurons=32", "--lm_dnn_neurons=32")
+
+
+def seq2seq_hparams(output_folder, *arguments, vocab_size=30):
+    yaml = str(ROOT / "hparams/librispeech_seq2seq.yaml")
+    folders = ["--data_folder=x", f"--output_folder={output_folder}"]
+    small = (*NO_MODEL, "--dec_neurons=8", "--attn_dim=8", f"--vocab_size={vocab_size}")
+    return load_hparams([yaml, *folders, *small, *arguments])
+
+
+def test_language_model_learns_its_text(language_model):
+    folder, results = language_model
+    # There is a choice only of the first noun, and at the end: two bits in ten tokens or more.
+    assert 1 < results["test-clean"]["perplexity"] < 2
+    lines = epochs(folder)
+    assert len(lines) == 8 and lines[-1]["valid loss"] < lines[0]["valid loss"]
+
+
+def test_sentences_are_the_lines_of_a_file(language_model):
+    folder, _ = language_model
+    tokenizer = asr.load_tokenizer(
+        seq2seq_hparams(folder, f"--tokenizer_file={folder / 'tokenizer.ckpt'}")
+    )
+    sentences = train_lm.Sentences(folder / "text.txt", tokenizer, 1, 2)
+    assert len(sentences) == 40  # empty lines are none
+    item = sentences[3]
+    assert item["tokens_bos"][0] == 1 and item["tokens_eos"][-1] == 2
+    assert item["tokens_bos"][1:].tolist() == item["tokens_eos"][:-1].tolist()
+    words = tokenizer.sp.decode_ids(item["tokens_eos"][:-1].tolist())
+    assert words == "THE SAILOR FOUND THE KING"
+    (folder / "odd.txt").write_text("THE KING\nTHE QUEEN\n")
+    with pytest.raises(ValueError, match="odd.txt: line 2 has the character 'Q'"):
+        train_lm.Sentences(folder / "odd.txt", tokenizer, 1, 2)
+    (folder / "odd.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="odd.txt has no sentence"):
+        train_lm.Sentences(folder / "odd.txt", tokenizer, 1, 2)
+
+
+def test_language_model_joins_the_beam_search(language_model, tmp_path):
+    folder, _ = language_model
+    (tmp_path / "save").mkdir()
+    given = (f"--lm_folder={folder}", f"--tokenizer_file={folder / 'tokenizer.ckpt'}")
+    tokenizer = asr.load_tokenizer(seq2seq_hparams(tmp_path, *given))
+    size = tokenizer.sp.vocab_size()
+    hparams = seq2seq_hparams(tmp_path, *given, *LM_SIZES, vocab_size=size)
+    search = train_seq2seq.make_test_search(SimpleNamespace(**hparams), tokenizer, "cpu")
+    assert set(search.scorer.full_scorers) == {"coverage", "rnnlm"}
+    assert set(search.scorer.partial_scorers) == {"ctc"}
+    weights = {name: weight for name, weight in search.scorer.weights.items() if weight}
+    assert weights == {"coverage": 1.5, "rnnlm": 0.5, "ctc": 0.4}
+    loaded = search.scorer.full_scorers["rnnlm"].lm.state_dict()
+    trained = torch.load(folder / "lm.ckpt")
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[name], trained[name]) for name in trained)
+
+    hparams = seq2seq_hparams(tmp_path, *given, vocab_size=size)  # the YAML's own sizes of the LM
+    with pytest.raises(ValueError, match="lm.ckpt does not fit lm_model"):
+        train_seq2seq.make_test_search(SimpleNamespace(**hparams), tokenizer, "cpu")
+    with pytest.raises(FileNotFoundError, match="lm_folder .* has no lm.ckpt"):
+        train_seq2seq.load_language_model(SimpleNamespace(lm_folder=str(tmp_path)), tokenizer)
+
+
+def test_other_tokenizer_than_the_language_model_s_is_refused(language_model, tmp_path):
+    folder, _ = language_model
+    write_manifest(tmp_path / "save", ["A QUIET DOCTOR WATCHED THE BRIDGE"])
+    hparams = seq2seq_hparams(tmp_path, f"--lm_folder={folder}", *LM_SIZES, "--token_type=char")
+    tokenizer = asr.load_tokenizer(hparams)
+    message = f"another tokenizer: set tokenizer_file to {folder / 'tokenizer.ckpt'}"
+    with pytest.raises(ValueError, match=message):
+        train_seq2seq.make_test_search(SimpleNamespace(**hparams), tokenizer, "cpu")
+
+
+def test_tokenizer_without_bos_and_eos_is_refused_for_attention(tmp_path):
+    write_manifest(tmp_path / "save", ["THE KING FOUND A LANTERN"])
+    argv = [str(YAML), "--data_folder=x", f"--output_folder={tmp_path}", *NO_MODEL]
+    tokenizer = asr.load_tokenizer(load_hparams([*argv, "--token_type=char"]))
+    file = f"{tokenizer.prefix_model_file}.model"
+    hparams = seq2seq_hparams(tmp_path, f"--tokenizer_file={file}")
+    with pytest.raises(ValueError, match="tokenizer_file .* has bos_index -1, the YAML .* 1"):
+        asr.load_tokenizer(hparams)
+    # CTC takes the tokenizer of either.
+    own = asr.load_tokenizer(load_hparams([*argv, f"--tokenizer_file={file}"]))
+    assert own.sp.vocab_size() == tokenizer.sp.vocab_size()
+
+
 # What can be wrong
-
-
-def write_manifest(folder, transcripts, seconds=3.0):
-    folder.mkdir(exist_ok=True)
-    with open(folder / "train.csv", "w", newline="", encoding="utf-8") as file:
-        rows = [(f"u{n}", seconds, "x.flac", "s", text) for n, text in enumerate(transcripts)]
-        csv.writer(file).writerows([("ID", "duration", "wav", "spk_id", "wrd"), *rows])
 
 
 @pytest.mark.parametrize("token_type", ["unigram", "bpe"])
