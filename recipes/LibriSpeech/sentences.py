@@ -216,6 +216,7 @@ class SmallGrammar:
         self._slots = slots
 
     def sentence(self):
+        """Draw one sentence, lower case."""
         return _join(*(self._rng.choice(slot) for slot in self._slots))
 
 
@@ -234,6 +235,7 @@ class LargeGrammar:
         self._decks = {}
 
     def sentence(self):
+        """Draw one sentence, lower case, with no punctuation but apostrophes."""
         return self._draw_by_weight(
             {self._statement: 8, self._compound: 8, self._question: 2, self._request: 1}
         )()
