@@ -199,7 +199,8 @@ def test_readme_names_what_exists():
     paths = set(re.findall(r"(?:hparams|recipes)/[\w./-]+\.(?:yaml|py)", text))
     assert {"hparams/librispeech_ctc.yaml", "recipes/LibriSpeech/train_ctc.py"} <= paths
     assert [path for path in paths if not (ROOT / path).is_file()] == []
-    known = RUN_OPTIONS | {"overrides"} | {"standalone", "nproc_per_node"}  # torchrun's
+    torchrun = {"standalone", "nnodes", "node_rank", "nproc_per_node", "master_addr", "master_port"}
+    known = RUN_OPTIONS | torchrun | {"overrides"}
     known = known.union(*(yaml_keys(ROOT / "hparams" / name) for name in YAMLS))
     for script in RECIPES.glob("*.py"):
         known.update(re.findall(r'"--([\w-]+)"', script.read_text(encoding="utf-8")))
