@@ -276,6 +276,15 @@ def test_stock_rnn_trains_alike(corpus, tmp_path):
     assert ours[1] < ours[0]
 
 
+def test_training_from_shards_is_the_same(corpus, tmp_path):
+    for name, arguments in (("files", []), ("shards", [f"--shard_folder={tmp_path / 'tars'}"])):
+        arguments = ("--number_of_epochs=1", "--export_inference=False", *arguments)
+        train_ctc.main(command_line(corpus, tmp_path / name, *arguments))
+    assert epochs(tmp_path / "shards") == epochs(tmp_path / "files")
+    names = {path.name for path in (tmp_path / "tars").glob("*.tar")}
+    assert names == {"train-00000.tar", "dev-clean-00000.tar", "test-clean-00000.tar"}
+
+
 def test_loss_is_in_fp32_under_bf16(corpus, tmp_path, monkeypatch):
     seen = []
 

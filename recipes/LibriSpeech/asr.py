@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ruamel.yaml
 import sentencepiece
+import shards
 import soundfile
 import speechbrain as sb
 import torch
@@ -116,10 +117,18 @@ def parse_arguments(argv=None):
     run_opts : speechbrain.utils.run_opts.RunOptions
     overrides : dict
         For `load_hparams`: the keys of the file, then those of the command line.
+
+    Raises
+    ------
+    ValueError
+        If a key is given twice, or its value is not YAML.
     """
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     yaml = ruamel.yaml.YAML()  # keeps tags such as !name: as they are
-    overrides = yaml.load(overrides) or {}
+    try:
+        overrides = yaml.load(overrides) or {}
+    except ruamel.yaml.error.MarkedYAMLError as error:
+        raise ValueError(f"keys on the command line: {error.problem}") from error
     if "overrides" in overrides:
         with open(overrides.pop("overrides"), encoding="utf-8") as file:
             overrides = {**yaml.load(file), **overrides}
@@ -144,7 +153,10 @@ def load_hparams(hparams_file, overrides):
 
 
 def prepare_data(hparams):
-    """Write the manifests that the YAML names, unless `skip_prep` says that they are there."""
+    """Write the manifests that the YAML names, unless `skip_prep` says that they are there.
+
+    Shards and the manifest of noises are written too, if the YAML has folders for them.
+    """
     if not hparams["skip_prep"]:
         arguments = (
             "data_folder",
@@ -156,6 +168,9 @@ def prepare_data(hparams):
             "num_workers",
         )
         run_on_main(prepare_librispeech, kwargs={name: hparams[name] for name in arguments})
+    if hparams.get("shard_folder"):
+        for manifest in (hparams["train_csv"], hparams["valid_csv"], *hparams["test_csv"]):
+            run_on_main(shards.pack, [manifest, hparams["shard_folder"]])
     if hparams.get("noise_folder"):
         run_on_main(prepare_noise, [hparams["noise_folder"], hparams["noise_csv"]])
 
@@ -347,10 +362,16 @@ def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
         transcripts have more tokens than encoder frames.
     """
 
+    shard_folder = hparams["shard_folder"]
+    read_audio = shards.read_audio if shard_folder else sb.dataio.dataio.read_audio
+
     @sb.utils.data_pipeline.takes("wav")
     @sb.utils.data_pipeline.provides("sig")
     def audio_pipeline(wav):
-        return sb.dataio.dataio.read_audio(wav)
+        try:
+            return read_audio(wav)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error  # it names the file
 
     @sb.utils.data_pipeline.takes("wrd")
     @sb.utils.data_pipeline.provides("tokens", "tokens_bos", "tokens_eos")
@@ -361,6 +382,8 @@ def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
         yield torch.LongTensor([*tokens, hparams["eos_index"]])
 
     def load(csv_path):
+        if shard_folder:
+            csv_path = os.path.join(shard_folder, os.path.basename(csv_path))
         dataset = sb.dataio.dataset.DynamicItemDataset.from_csv(
             csv_path,
             dynamic_items=[audio_pipeline, text_pipeline],
@@ -499,4 +522,5 @@ def run_script(main):
         main(sys.argv[1:])
     except (OSError, ValueError) as error:
         logger.debug("Stopped by:", exc_info=True)
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+        # One from a loader's process has that process's traceback before it.
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {str(error).strip().splitlines()[-1]}")
