@@ -5,6 +5,7 @@ utterances of whatever lengths a test needs.
 """
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -24,6 +25,12 @@ import train_ctc
 from conftest import relative_error
 from prepare import prepare_librispeech
 from recorded_run import record_run
+from speechbrain.augment.time_domain import Resample
+
+import sb_fast_sligru
+
+# torchrun, of this interpreter
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 ROOT = Path(__file__).parents[1]
 YAML = ROOT / "hparams/librispeech_ctc.yaml"
@@ -104,13 +111,13 @@ def log_lines(output_folder):
     return re.sub(r"seconds: \d+", "", text).splitlines()
 
 
-def start(folder, *runs, launcher=(sys.executable,)):
+def start(folder, *runs, launcher=(sys.executable,), **environment):
     """Start recorded runs in a process of their own."""
     folder.mkdir(exist_ok=True)
     (folder / "runs.json").write_text(json.dumps(runs, default=str))
     return subprocess.Popen(
         [*launcher, RECORDED_RUN, folder / "runs.json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -136,8 +143,7 @@ def two_processes(even_noise, tmp_path_factory):
         }
         for name, arguments in (("alone", ALONE), ("batch", ()))
     ]
-    launcher = ("torchrun", "--standalone", "--nproc_per_node=2")
-    process = start(folder, *runs, launcher=launcher)
+    process = start(folder, *runs, launcher=TORCHRUN)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     return folder, output
@@ -438,3 +444,119 @@ def test_disk_that_fills_up_costs_no_checkpoint(own_noise, tmp_path):
     train_ctc.main([str(argument) for argument in (*argv, "--number_of_epochs=2")])
     epochs = [line for line in log_lines(tmp_path / "output") if line.startswith("epoch: ")]
     assert [line.split(",")[0] for line in epochs] == ["epoch: 1", "epoch: 2", "epoch: 2"]
+
+
+# On a GPU
+
+
+def on_gpu(argv):
+    return [*(argument for argument in argv if argument != "--device=cpu"), "--device=cuda:0"]
+
+
+@pytest.mark.gpu
+def test_sync_batch_norm_of_two_processes_is_batch_norm_of_one(tmp_path):
+    """Two processes share the GPU; each has a part of the batch."""
+    torch.multiprocessing.spawn(compare_with_whole_batch, (tmp_path / "store",), nprocs=2)
+
+
+def compare_with_whole_batch(rank, store):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    for first in (2, 1):  # utterances of the first process, of 4
+        torch.manual_seed(0)
+        x, upstream = torch.randn(4, 30, 20).cuda(), torch.randn(4, 30, 128).cuda()
+        whole = sb_fast_sligru.SLiGRU(64, x.shape, bidirectional=True).cuda()
+        parts = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(whole))
+        assert isinstance(parts.rnn[0].norm, torch.nn.SyncBatchNorm)
+        mine = slice(0, first) if rank == 0 else slice(first, 4)
+        results = []
+        for net, batch in ((whole, slice(0, 4)), (parts, mine)):
+            inputs = x[batch].clone().requires_grad_()
+            outputs = net(inputs)[0]
+            outputs.backward(upstream[batch])
+            results.append((outputs, inputs.grad))
+        for all_rows, own_rows in zip(*results, strict=True):
+            assert relative_error(own_rows, all_rows[mine]) < 1e-5
+        for (name, expected), parameter in zip(
+            whole.named_parameters(), parts.parameters(), strict=True
+        ):
+            torch.distributed.all_reduce(parameter.grad)
+            assert relative_error(parameter.grad, expected.grad) < 1e-5, name
+        for name, buffer in whole.named_buffers():
+            assert relative_error(parts.get_buffer(name), buffer) < 1e-5, name
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_two_processes_on_a_gpu_follow_one(even_noise, tmp_path):
+    """The recipe with its BatchNorms, which SpeechBrain makes SyncBatchNorms.
+
+    SGD, because Adam makes whole steps of the rounding errors that are the gradients of biases
+    before a BatchNorm; and float32 products, which SpeechBrain would allow to be in TF32.
+    """
+    options = ("--opt_class=!name:torch.optim.SGD", "--lr=0.1")
+    for name, launcher, batch_size in (
+        ("one", (sys.executable,), 4),
+        ("two", TORCHRUN, 2),
+    ):
+        argv = distributed_arguments(even_noise, tmp_path / f"{name}_output", batch_size)
+        argv = [*on_gpu(argv), *options, "--distributed_backend=gloo"]
+        run = {"record": tmp_path / name, "script": "train_ctc", "argv": argv}
+        process = start(tmp_path, run, launcher=launcher, SB_DISABLE_QUIRKS="allow_tf32")
+        output = process.communicate(timeout=200)[0]
+        assert process.returncode == 0, output
+    ranks = [lines(tmp_path / "two", rank) for rank in (0, 1)]
+    for whole, *halves in zip(lines(tmp_path / "one"), *ranks, strict=True):
+        mean = (halves[0]["loss"] + halves[1]["loss"]) / 2
+        assert mean == pytest.approx(whole["loss"], rel=1e-4)
+    expected = weights(tmp_path / "one")
+    for rank in (0, 1):
+        for name, weight in weights(tmp_path / "two", rank).items():
+            assert relative_error(weight, expected[name]) < 1e-3, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_precisions_on_a_gpu(even_noise, tmp_path, precision, monkeypatch):
+    """With all augmentations, the resampling of speed perturbation on the GPU."""
+    resampled_on = set()
+
+    def record(self, waveforms):
+        resampled_on.add(waveforms.device.type)
+        return original(self, waveforms)
+
+    original = Resample.forward
+    monkeypatch.setattr(Resample, "forward", record)
+    augmentations = [f"--enable_{name}=True" for name in ("speed_perturb", "drop_freq")]
+    argv = distributed_arguments(even_noise, tmp_path / "output", batch_size=2)
+    argv = [*on_gpu(argv), *augmentations, f"--precision={precision}", "--lr=0.01"]
+    record_run(tmp_path / "run", "train_ctc", argv)
+    losses = [batch["loss"] for batch in lines(tmp_path / "run")]
+    assert len(losses) == 12 and np.isfinite(losses).all()
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    for name, weight in weights(tmp_path / "run").items():
+        assert weight.isfinite().all() and weight.device.type == "cuda", name
+    assert resampled_on == {"cuda"}
+
+
+@pytest.mark.gpu
+def test_killed_run_resumes_on_a_gpu(noise, nan_manifests, tmp_path):
+    """In fp16, with the scaler's state. GPU kernels add in any order, so losses are close only."""
+    argv = [*killed_arguments(noise, nan_manifests)["dynamic"], "--precision=fp16"]
+    run = {"record": tmp_path / "run", "script": "train_ctc", "argv": on_gpu(argv)}
+    run["argv"].append(f"--output_folder={tmp_path}/output")
+    process = start(tmp_path, run | {"kill_in_checkpoint": 8})
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == -signal.SIGKILL, output
+    before = lines(tmp_path / "run")
+    record_run(**run)
+    after = lines(tmp_path / "run")[len(before) :]
+    run["argv"][-1] = f"--output_folder={tmp_path}/undisturbed_output"
+    record_run(tmp_path / "undisturbed", "train_ctc", run["argv"])
+    undisturbed = lines(tmp_path / "undisturbed")
+    resumed = before[: len(undisturbed) - len(after)] + after
+    assert 0 < len(after) < len(undisturbed)
+    assert [batch["ids"] for batch in resumed] == [batch["ids"] for batch in undisturbed]
+    losses = [[batch["loss"] for batch in batches] for batches in (resumed, undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
