@@ -1,10 +1,13 @@
 """Transcribe audio files with a recogniser that export_inference.py made.
 
-    python recipes/LibriSpeech/transcribe.py FOLDER speech.wav recordings/ [--device cuda:0]
+    python recipes/LibriSpeech/transcribe.py FOLDER speech.wav recordings/ [--max_batch_length 120]
 
 prints a line `NAME<TAB>TEXT` for each file, in the order given; of a folder all WAV and FLAC files
 below it. Any sample rate and number of channels will do. A file that cannot be read is reported on
 stderr and makes the exit code 1; the others are transcribed all the same.
+
+Files are transcribed one at a time, or in batches of up to `--max_batch_length` seconds: quicker
+where there are many, but see `MAX_PADDING`.
 """
 
 import argparse
@@ -19,9 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 EXTENSIONS = (".wav", ".flac")
-# The encoder sees padding, which may change what it makes of the speech before it; batches of like
-# lengths have little.
-MAX_PADDING = 0.1
+# The encoder (as SpeechBrain's CRDNN does) sees padding, which can change a letter of what it makes
+# of the speech before. Batches are of like lengths, so that the shortest has at most this share.
+MAX_PADDING = 0.03
 MIN_SECONDS = 0.1  # shorter audio is padded: pooling needs some frames
 
 
@@ -78,15 +81,16 @@ def find_audio(paths):
     return files
 
 
-def transcribe(recogniser, files, max_batch_length=120.0):
-    """Transcribe audio files in batches of like durations.
+def transcribe(recogniser, files, max_batch_length=0.0):
+    """Transcribe audio files one at a time or in batches of like durations.
 
     Arguments
     ---------
     recogniser : EncoderASR or EncoderDecoderASR
     files : list of Path
     max_batch_length : float
-        Seconds of audio in a batch, padding included; a longer file is a batch of its own.
+        Seconds of audio in a batch, padding included; a longer file is a batch of its own. 0: each
+        file is.
 
     Returns
     -------
@@ -151,14 +155,12 @@ def _reason(error):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="made by export_inference.py")
     parser.add_argument("audio", nargs="+", help="WAV or FLAC files, or folders of them")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     parser.add_argument(
-        "--max_batch_length", type=float, default=120.0, help="s of audio in a batch"
+        "--max_batch_length", type=float, default=0.0, help="s of audio in a batch; 0: no batches"
     )
     options = parser.parse_args(arguments)
     try:
