@@ -3,11 +3,8 @@
 import ast
 import csv
 import logging
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +24,6 @@ from speechbrain.utils.run_opts import RunOptions
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes/LibriSpeech"
-SCRIPT = RECIPES / "train_ctc.py"
 README = RECIPES / "README.md"
 YAML = ROOT / "hparams/librispeech_ctc.yaml"
 MINI = ROOT / "hparams/mini.yaml"
@@ -208,40 +204,6 @@ def test_readme_names_what_exists():
 
 
 # Runs
-
-
-def test_debug_run_by_the_documented_command(corpus, tmp_path):
-    """With what the mini set leaves out: augmentations, fixed batches, loader processes."""
-    output = tmp_path / "output with spaces"
-    left_out = [f"--enable_{name}=True" for name in ("speed_perturb", "drop_freq", "drop_chunk")]
-    left_out += ["--dynamic_batching=False", "--num_workers=1", "--batch_size=2"]
-    command = [sys.executable, SCRIPT, *command_line(corpus, output, "--debug", *left_out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=300)
-    for name in (
-        "wer_test-clean.txt",
-        "cer_test-clean.txt",
-        "train_log.txt",
-        "log.txt",
-        "env.log",
-        "hyperparams.yaml",
-        "train_ctc.py",
-        "save/train.csv",
-    ):
-        assert (output / name).stat().st_size > 0, name
-    assert "%WER" in (output / "wer_test-clean.txt").read_text()
-    assert len(epochs(output)) == 2
-
-
-def test_overfits_a_few_utterances(corpus, tmp_path):
-    arguments = ("--number_of_epochs=40", "--lr=0.01")
-    results = train_ctc.main(command_line(corpus, tmp_path, *arguments))
-    # Mean negative log-likelihood per character. A model that ignores the audio stays above 2.
-    assert epochs(tmp_path)[0]["train loss"] > 2
-    assert results["test-clean"]["loss"] < 0.3
-    assert results["test-clean"]["WER"] < 10
-    # Only the best checkpoint and the last are kept.
-    assert 1 <= len(list((tmp_path / "save").glob("CKPT+*"))) <= 2
 
 
 def test_resumes_where_it_was_stopped(corpus, tmp_path, monkeypatch):
