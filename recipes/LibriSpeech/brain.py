@@ -16,7 +16,7 @@ from speechbrain.utils.checkpoints import (
     mark_as_saver,
     register_checkpoint_hooks,
 )
-from speechbrain.utils.distributed import if_main_process, main_process_only
+from speechbrain.utils.distributed import ddp_broadcast, if_main_process, main_process_only
 from speechbrain.utils.logger import get_logger
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -48,6 +48,9 @@ class RecipeBrain(sb.Brain):
     def __init__(self, tokenizer, **kwargs):
         super().__init__(**kwargs)
         self.tokenizer = tokenizer
+        # --debug gives each process a folder of its own for checkpoints; those that do not write
+        # would wait for ever for what they cannot see.
+        self.checkpointer.checkpoints_dir = ddp_broadcast(self.checkpointer.checkpoints_dir)
         self.history = []  # one dict of numbers per epoch
         self.skipped_updates = 0  # since the first epoch
         self.epoch = 0
