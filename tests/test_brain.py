@@ -1,6 +1,8 @@
 """The recipes' Brain on a model of one layer: skips, accumulation, progress, pictures, logs."""
 
 import logging
+import multiprocessing
+import os
 import shutil
 import sys
 import types
@@ -213,6 +215,33 @@ def test_missing_tensorboard_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it then fails
     with pytest.raises(ValueError, match="use_tensorboard needs .* pip install tensorboard"):
         make_brain(tmp_path, tensorboard=True)
+
+
+def debug_run(rank, folder):
+    """One of two processes; torchrun sets the same variables."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    data = torch.utils.data.TensorDataset(torch.ones(2 * BATCHES, 3))
+    brain = make_brain(folder, epochs=3, debug=True, debug_epochs=3, distributed_backend="gloo")
+    fit(brain, data)
+    brain.test("test-clean", data)
+    (folder / f"{rank}.txt").write_text(str(brain.checkpointer.checkpoints_dir))
+
+
+def test_two_processes_debug_together(tmp_path):
+    """Checkpoints are deleted by both or none: each of SpeechBrain's had a folder of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=debug_run, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=200)
+        process.kill()
+        assert process.exitcode == 0
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
+    assert len((tmp_path / "train_log.txt").read_text().splitlines()) == 4
 
 
 def test_full_disk_is_found_before_training(tmp_path, data, monkeypatch):
