@@ -131,6 +131,12 @@ void run(const Case& c) {
   PersistentBackward backward = {};
   backward.layer = layer;
   backward.u = forward.u, backward.h = forward.h, backward.rho = forward.rho;
+  if (const int64_t packed = packed_bytes(c.hidden, c.operand)) {
+    const auto* u = static_cast<const float*>(forward.u);
+    forward.u = arena.take(packed), backward.u = arena.take(packed);
+    check(pack_forward(u, const_cast<void*>(forward.u), c.hidden, nullptr));
+    check(pack_backward(u, nullptr, const_cast<void*>(backward.u), c.hidden, nullptr));
+  }
   backward.first = c.steps - c.chunk, backward.count = c.chunk;
   backward.grad_h = random(c.sequences, tokens * c.directions * hidden, 1.f);
   backward.grad_h_time_stride = c.directions * c.hidden;
@@ -190,7 +196,11 @@ int main() {
            {"SLi-GRU float32", 28, 1, 1000, 512, 500, true, DType::kFloat32, DType::kFloat32},
            {"SLi-GRU float32", 28, 2, 1000, 512, 500, true, DType::kFloat32, DType::kFloat32},
            {"SLi-GRU float32", 16, 1, 4000, 256, 500, true, DType::kFloat32, DType::kFloat32},
-           {"SLi-GRU float32", 16, 1, 4000, 128, 500, true, DType::kFloat32, DType::kFloat32}})
+           {"SLi-GRU float32", 16, 1, 4000, 128, 500, true, DType::kFloat32, DType::kFloat32},
+           {"SLi-GRU float32", 24, 2, 400, 1024, 100, true, DType::kFloat32, DType::kFloat32},
+           {"SLi-GRU float32", 24, 2, 1600, 1024, 100, true, DType::kFloat32, DType::kFloat32},
+           {"Li-GRU float32", 24, 2, 1600, 1024, 100, false, DType::kFloat32, DType::kFloat32},
+           {"SLi-GRU float32", 120, 2, 400, 1024, 50, true, DType::kFloat32, DType::kFloat32}})
     run(c);
   return 0;
 }

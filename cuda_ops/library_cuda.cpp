@@ -80,12 +80,24 @@ Inputs aligned(Inputs in) {
   return in;
 }
 
+// U as the sequential kernels read it; `pack` is called where that is not as it is.
+template <class Pack>
+Tensor kernel_operand(const Inputs& in, const Tensor& u, Pack pack) {
+  const int64_t bytes = packed_bytes(in.hidden(), dtype_of(in.operand_type));
+  if (bytes == 0) return u;
+  const Tensor packed = new_empty(u, {bytes}, ScalarType::Byte);
+  check_launch(pack(u.const_data_ptr<float>(), packed.mutable_data_ptr()));
+  return packed;
+}
+
 std::tuple<Tensor, Tensor> persistent_forward(const Inputs& in, cudaStream_t stream) {
   const int64_t R = in.rows(), T = in.time(), H = in.hidden();
   Tensor h = new_empty(in.wx, {in.batch(), T, in.directions() * H}, in.u.scalar_type());
   Tensor rho = new_empty(in.wx, {in.layer_norm ? R : 0, T}, ScalarType::Float);
   if (R == 0 || T == 0) return {h, rho};
-  const Tensor u = recurrent_operand(in, stream);
+  const Tensor u = kernel_operand(
+      in, recurrent_operand(in, stream),
+      [&](const float* centred, void* packed) { return pack_forward(centred, packed, H, stream); });
   check_launch(run_forward({in.recurrence(), u.const_data_ptr(), h.mutable_data_ptr(),
                             in.layer_norm ? rho.mutable_data_ptr<float>() : nullptr},
                            stream));
@@ -125,6 +137,10 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
   if (R > 0 && T > 0) {
     const Tensor grad_h = aligned(grad_h_in), u = recurrent_operand(in, stream);
     const Tensor w_t = torch::stable::transpose(projection_operand(in, u), 0, 1);
+    const auto* ln_weight = static_cast<const float*>(pointer(in.ln_weight));
+    const Tensor kernel_u = kernel_operand(in, u, [&](const float* centred, void* packed) {
+      return pack_backward(centred, ln_weight, packed, H, stream);
+    });
     const int64_t width = w_t.size(1), padded = padded_hidden(H);
     const int64_t streams = coefficient_streams(ln);
     const int64_t operand_bytes = in.operand_type == fp32 ? 4 : 2;
@@ -154,7 +170,7 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
     for (int64_t end = T; end > 0; end -= chunk) {
       const int64_t begin = std::max<int64_t>(end - chunk, 0), count = end - begin, n = R * count;
       const PersistentBackward p{in.recurrence(),
-                                 u.const_data_ptr(),
+                                 kernel_u.const_data_ptr(),
                                  begin,
                                  count,
                                  h.const_data_ptr(),

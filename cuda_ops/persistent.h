@@ -25,7 +25,7 @@ namespace sb_fast_sligru {
 struct PersistentForward {
   Recurrence layer;  // wx and both its strides in bytes: multiples of 16
   const void* u;     // [2H, H] operand type; with layer_norm its columns were centred before they
-                     // were rounded
+                     // were rounded. If packed_bytes() is not 0: pack_forward()'s result
   void* h;           // [B, T, D * H] output type, contiguous; written
   float* rho;        // [R, T] at true time, written; null without layer_norm
 };
@@ -44,7 +44,7 @@ struct PersistentForward {
 // every column of du its mean.
 struct PersistentBackward {
   Recurrence layer;  // as in the forward pass
-  const void* u;
+  const void* u;     // as in the forward pass, but from pack_backward()
   int64_t first, count;
   const void* h;       // [B, T, D * H] output type, contiguous
   const float* rho;    // [R, T]
@@ -80,6 +80,13 @@ int64_t affine_partials(int64_t rows, int64_t count);
 
 // Whether and how the current device runs a recurrence of this size. Makes no launch.
 PersistentPlan persistent_plan(int64_t hidden, DType operand_type);
+
+// float32 for H > 512 reads U in another form, of so many bytes, 16-byte aligned; 0: as it is.
+int64_t packed_bytes(int64_t hidden, DType operand_type);
+// From the centred [2H, H] matrix, and for the backward pass the norm's weight [2H] or null.
+cudaError_t pack_forward(const float* u, void* packed, int64_t hidden, cudaStream_t stream);
+cudaError_t pack_backward(const float* u, const float* ln_weight, void* packed, int64_t hidden,
+                          cudaStream_t stream);
 
 cudaError_t run_forward(const PersistentForward& p, cudaStream_t stream);
 

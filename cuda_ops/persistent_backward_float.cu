@@ -8,6 +8,7 @@
 // of different warps' dwx are therefore added up outside the tensor core, each with its own factor.
 #include "cluster_launch.cuh"
 #include "persistent_float.cuh"
+#include "persistent_wide_float.cuh"
 
 namespace sb_fast_sligru {
 namespace {
@@ -348,6 +349,8 @@ cudaError_t run_backward_float(const PersistentBackward& p, cudaStream_t stream)
       return launch_backward<8>(p, stream);
     case 512:
       return launch_backward<16>(p, stream);
+    case kWideHidden:
+      return run_backward_wide_float(p, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -317,8 +317,6 @@ PersistentPlan persistent_plan(int64_t hidden, DType operand_type) {
     plan.reason = "the hidden size is not a multiple of 8 from 16 on";
   } else if (padded == 0) {
     plan.reason = "the hidden size is above 1024: the recurrent weight does not fit on chip";
-  } else if (operand_type == DType::kFloat32 && padded > 512) {
-    plan.reason = "the hidden size is above 512: a float32 recurrent weight does not fit on chip";
   } else {
     plan.resident_clusters = operand_type == DType::kFloat32 ? resident_clusters_float(padded)
                              : padded == 128                 ? resident_clusters<4>()

@@ -8,6 +8,7 @@
 // state.
 #include "cluster_launch.cuh"
 #include "persistent_float.cuh"
+#include "persistent_wide_float.cuh"
 
 namespace sb_fast_sligru {
 namespace {
@@ -296,7 +297,8 @@ int resident_clusters() {
 int resident_clusters_float(int padded) {
   return padded == 128   ? resident_clusters<4>()
          : padded == 256 ? resident_clusters<8>()
-                         : resident_clusters<16>();
+         : padded == 512 ? resident_clusters<16>()
+                         : resident_clusters_wide_float();
 }
 
 cudaError_t run_forward_float(const PersistentForward& p, cudaStream_t stream) {
@@ -307,6 +309,8 @@ cudaError_t run_forward_float(const PersistentForward& p, cudaStream_t stream) {
       return launch_forward<8>(p, stream);
     case 512:
       return launch_forward<16>(p, stream);
+    case kWideHidden:
+      return run_forward_wide_float(p, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -207,7 +207,6 @@ CLUSTER_SHAPES = [
     (9, 3, 520),
     (61, 4, 1024),
 ]
-LARGEST_FLOAT32_HIDDEN = 512  # of the persistent backend
 
 
 def shape_id(shape):
@@ -222,7 +221,6 @@ def shape_id(shape):
         for name in ("stepwise", "persistent")
         for precision in PRECISIONS
         for shape in CLUSTER_SHAPES
-        if (name, precision) != ("persistent", "float32") or shape[2] <= LARGEST_FLOAT32_HIDDEN
     ],
 )
 @each_option
@@ -234,7 +232,7 @@ def test_shapes_around_those_of_clusters(name, precision, shape, option, bidirec
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("hidden", range(16, 513, 8))
+@pytest.mark.parametrize("hidden", [*range(16, 513, 8), *range(520, 1025, 72)])
 def test_every_hidden_size(precision, hidden):
     arguments = make_inputs((3, 5, hidden), "sligru-affine-h0", bidirectional=True)
     assert_no_worse_than_the_loop("persistent", "cuda", precision, arguments)
@@ -789,7 +787,7 @@ def test_memory_of_the_backward_is_bounded_in_time(dtype):
 @pytest.mark.gpu
 def test_choice_on_a_gpu():
     if torch.cuda.get_device_capability()[0] >= 9:
-        for hidden, dtype in ((1024, torch.bfloat16), (1024, torch.half), (512, torch.float32)):
+        for hidden, dtype in ((1024, torch.bfloat16), (1024, torch.half), (1024, torch.float32)):
             assert ops.choose_backend("cuda", hidden, dtype) == ("persistent", "the fastest")
     for hidden, dtype, reason in ((512, torch.float64, "not persistent"), (12, torch.half, "8")):
         name, why = ops.choose_backend("cuda", hidden, dtype)
