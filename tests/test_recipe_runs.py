@@ -50,6 +50,7 @@ TINY = (
     "--rnn_layers=1",
     "--rnn_neurons=8",
     "--dnn_neurons=16",
+    "--export_inference=False",
 )
 # Every layer treats each utterance alone. CRDNN's linear layers have a BatchNorm, so there are
 # none; its convolutions have LayerNorms anyway.
@@ -150,6 +151,7 @@ def two_processes(even_noise, tmp_path_factory):
 
 
 def distributed_arguments(corpus, output_folder, batch_size):
+    """Fixed batches, and SGD: Adam's first updates make whole steps of gradients near zero."""
     return [
         *TINY,
         f"--data_folder={corpus}",
@@ -157,6 +159,8 @@ def distributed_arguments(corpus, output_folder, batch_size):
         "--dynamic_batching=False",
         f"--batch_size={batch_size}",
         "--number_of_epochs=3",
+        "--opt_class=!name:torch.optim.SGD",
+        "--lr=0.1",
     ]
 
 
@@ -166,7 +170,8 @@ def test_two_processes_follow_one(two_processes, even_noise, tmp_path):
     Each rank's CTC loss is a mean over its utterances, and DDP averages the ranks' gradients: with
     as many utterances on each that is the mean over all. Utterances of one length need no padding,
     which convolutions and the backward RNN would see. What is left is the order of float32 sums,
-    relative differences of 1e-7 that an update repeats, hence 1e-5 after six updates.
+    relative differences of some 1e-7 an update: 1e-5 after six is far from them, and farther from a
+    mistake.
     """
     folder, _ = two_processes
     argv = distributed_arguments(even_noise, tmp_path / "output", batch_size=4)
@@ -242,18 +247,19 @@ def nan_manifests(noise, tmp_path_factory):
 def killed_arguments(noise, nan_manifests):
     """Arguments of the runs that are killed, by their names."""
     common = (*TINY, f"--data_folder={noise}", "--number_of_epochs=3", "--ckpt_interval_minutes=0")
-    common += ("--ckpt_interval_steps=2",)
     return {
-        # Sorted batches of two; NaN in the first of each epoch.
+        # Sorted batches of two, each second makes an update; NaN in the first of each epoch.
         "fixed": (
             *common,
+            "--ckpt_interval_steps=3",
+            "--grad_accumulation_factor=2",
             *ALONE,
             *nan_manifests,
             "--dynamic_batching=False",
             "--batch_size=2",
             "--norm_type=sentence",
         ),
-        "dynamic": (*common, "--max_batch_length=4", "--num_buckets=3"),
+        "dynamic": (*common, "--ckpt_interval_steps=2", "--max_batch_length=4", "--num_buckets=3"),
     }
 
 
@@ -261,8 +267,8 @@ def killed_arguments(noise, nan_manifests):
 def killed(noise, nan_manifests, tmp_path_factory):
     """Runs that were killed by SIGKILL in their second epoch, and then run again.
 
-    The first after the 5th of 6 batches of its epoch, the update of which is in no checkpoint; the
-    second while it wrote a checkpoint.
+    The first after the 5th of 6 batches of its epoch; its last checkpoint was due after the 3rd,
+    but came with the update after the 4th. The second while it wrote a checkpoint.
     """
     folder = tmp_path_factory.mktemp("killed")
     kills = {"fixed": {"kill_after_batch": 11}, "dynamic": {"kill_in_checkpoint": 8}}
@@ -298,7 +304,7 @@ def test_killed_run_ends_as_if_it_had_not_been(killed, noise, nan_manifests, tmp
     assert after[0]["ids"] != next(b["ids"] for b in undisturbed if b["epoch"] == 2)
     # What came after the last checkpoint is trained on again, and nothing else.
     kept = before[: len(undisturbed) - len(after)]
-    assert len(before) - len(kept) <= 2  # checkpoints are every two batches
+    assert len(before) - len(kept) <= 2
     assert str(kept + after) == str(undisturbed)  # NaN is not equal to NaN
     for epoch in (1, 2, 3):
         trained = [ids for b in kept + after if b["epoch"] == epoch for ids in b["ids"]]
@@ -394,6 +400,17 @@ def test_empty_split_is_named(own_noise, tmp_path):
     (own_noise / "dev-clean").mkdir()
     message = complaint(bad_input_arguments(own_noise, tmp_path))
     assert f"dev-clean: no usable utterance in {own_noise}" in message
+
+
+def test_empty_manifest_is_named(own_noise, tmp_path):
+    (tmp_path / "empty.csv").write_text("ID,duration,wav,spk_id,wrd\n")
+    argv = [*bad_input_arguments(own_noise, tmp_path), f"--valid_csv={tmp_path}/empty.csv"]
+    assert f"{tmp_path}/empty.csv has no utterance" in complaint(argv)
+
+
+def test_key_given_twice_is_named(own_noise, tmp_path):
+    argv = [*bad_input_arguments(own_noise, tmp_path), "--rnn_neurons=9"]
+    assert 'duplicate key "rnn_neurons"' in complaint(argv)
 
 
 def test_output_folder_that_cannot_be_made_is_named(own_noise, tmp_path):
@@ -493,16 +510,14 @@ def compare_with_whole_batch(rank, store):
 def test_two_processes_on_a_gpu_follow_one(even_noise, tmp_path):
     """The recipe with its BatchNorms, which SpeechBrain makes SyncBatchNorms.
 
-    SGD, because Adam makes whole steps of the rounding errors that are the gradients of biases
-    before a BatchNorm; and float32 products, which SpeechBrain would allow to be in TF32.
+    Products are in float32; SpeechBrain would allow TF32.
     """
-    options = ("--opt_class=!name:torch.optim.SGD", "--lr=0.1")
     for name, launcher, batch_size in (
         ("one", (sys.executable,), 4),
         ("two", TORCHRUN, 2),
     ):
         argv = distributed_arguments(even_noise, tmp_path / f"{name}_output", batch_size)
-        argv = [*on_gpu(argv), *options, "--distributed_backend=gloo"]
+        argv = [*on_gpu(argv), "--distributed_backend=gloo"]
         run = {"record": tmp_path / name, "script": "train_ctc", "argv": argv}
         process = start(tmp_path, run, launcher=launcher, SB_DISABLE_QUIRKS="allow_tf32")
         output = process.communicate(timeout=200)[0]
@@ -531,7 +546,7 @@ def test_precisions_on_a_gpu(even_noise, tmp_path, precision, monkeypatch):
     monkeypatch.setattr(Resample, "forward", record)
     augmentations = [f"--enable_{name}=True" for name in ("speed_perturb", "drop_freq")]
     argv = distributed_arguments(even_noise, tmp_path / "output", batch_size=2)
-    argv = [*on_gpu(argv), *augmentations, f"--precision={precision}", "--lr=0.01"]
+    argv = [*on_gpu(argv), *augmentations, f"--precision={precision}"]
     record_run(tmp_path / "run", "train_ctc", argv)
     losses = [batch["loss"] for batch in lines(tmp_path / "run")]
     assert len(losses) == 12 and np.isfinite(losses).all()

@@ -384,14 +384,16 @@ def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
     def load(csv_path):
         if shard_folder:
             csv_path = os.path.join(shard_folder, os.path.basename(csv_path))
-        dataset = sb.dataio.dataset.DynamicItemDataset.from_csv(
-            csv_path,
+        rows = sb.dataio.dataio.load_data_csv(csv_path)
+        if not rows:
+            raise ValueError(f"{csv_path} has no utterance")
+        transcripts = ((name, row["wrd"]) for name, row in rows.items())
+        check_characters(csv_path, transcripts, tokenizer)
+        return sb.dataio.dataset.DynamicItemDataset(
+            rows,
             dynamic_items=[audio_pipeline, text_pipeline],
             output_keys=["id", "sig", "wrd", *targets],
         )
-        transcripts = ((name, row["wrd"]) for name, row in dataset.data.items())
-        check_characters(csv_path, transcripts, tokenizer)
-        return dataset
 
     train_data = load(hparams["train_csv"])
     check_alignable(

@@ -100,6 +100,11 @@ class RecipeBrain(sb.Brain):
                 return
         super().optimizers_step()
 
+    def _should_save_intra_epoch_ckpt(self, *args):
+        # Checkpoints do not hold the gradients that are accumulated between updates.
+        updated = self.step % self.grad_accumulation_factor == 0
+        return updated and super()._should_save_intra_epoch_ckpt(*args)
+
     def _wrap_distributed(self):
         if not (self.distributed_launch and self.device_type == "cpu"):
             super()._wrap_distributed()
