@@ -1,5 +1,7 @@
 """Shared by all tests: seeds, GPU tests without a GPU, and how two tensors are compared."""
 
+import functools
+
 import pytest
 import torch
 
@@ -14,6 +16,17 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(20231)
+
+
+@pytest.fixture(scope="session")
+def environment_described_once():
+    """SpeechBrain lists the installed packages whenever a recipe starts, for a second or two."""
+    from speechbrain.utils import logger  # not installed where the operator alone is tested
+
+    with pytest.MonkeyPatch.context() as patch:
+        describe = functools.cache(logger.get_environment_description)
+        patch.setattr(logger, "get_environment_description", describe)
+        yield
 
 
 def relative_error(actual, expected):

@@ -19,6 +19,8 @@ import pytest
 import torch
 from mini_librispeech import make_corpus
 
+pytestmark = pytest.mark.usefixtures("environment_described_once")
+
 ROOT = Path(__file__).parents[1]
 with open(ROOT / "tests/recipes/LibriSpeech.csv", newline="", encoding="utf-8") as table:
     ROWS = list(csv.DictReader(table))
