@@ -38,6 +38,18 @@ struct ClusterKernel {
   }
   int resident() const { return resident(dynamic_bytes); }
 
+  // How many clusters may have their multiprocessors to themselves. The same for all kernels of a
+  // cluster size, since one block fits a multiprocessor; remembered per device.
+  int alone() const {
+    constexpr int kDevices = 64, kLargestCluster = 16;
+    static std::atomic<int> remembered[kDevices][kLargestCluster + 1];  // plus 1; 0: not asked yet
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+    std::atomic<int>& entry = remembered[device][cluster];
+    if (entry == 0) entry = resident(largest_bytes()) + 1;
+    return entry - 1;
+  }
+
   cudaError_t run(int64_t clusters, const Params& params, cudaStream_t stream) const {
     if (const cudaError_t error = prepare(); error != cudaSuccess) return error;
     Launch launch(*this, clusters, clusters <= alone() ? largest_bytes() : dynamic_bytes, stream);
@@ -72,18 +84,6 @@ struct ClusterKernel {
     if (error != cudaSuccess) return error;
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 largest_bytes());
-  }
-
-  // How many clusters may have their multiprocessors to themselves. The same for all kernels of a
-  // cluster size, since one block fits a multiprocessor; remembered per device.
-  int alone() const {
-    constexpr int kDevices = 64, kLargestCluster = 16;
-    static std::atomic<int> remembered[kDevices][kLargestCluster + 1];  // plus 1; 0: not asked yet
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
-    std::atomic<int>& entry = remembered[device][cluster];
-    if (entry == 0) entry = resident(largest_bytes()) + 1;
-    return entry - 1;
   }
 };
 

@@ -1,8 +1,9 @@
 // How the blocks of a thread-block cluster talk to each other: the only such code of the library.
 //
-// A message is an st.async: a store into the shared memory of another block of the cluster that,
-// when it lands, also subtracts its bytes from the transaction count of an mbarrier of that block.
-// The receiver declares the bytes of a whole round of messages with expect() and sleeps in wait().
+// A message is an st.async, or a bulk copy: a store into the shared memory of another block of the
+// cluster that, when it lands, also subtracts its bytes from the transaction count of an mbarrier
+// of that block. The receiver declares the bytes of a whole round of messages with expect() and
+// sleeps in wait().
 //
 // Memory order
 //   Data before flag. The landing of an st.async is a release at cluster scope on its mbarrier;
@@ -109,6 +110,24 @@ __device__ __forceinline__ void send(uint32_t address, uint32_t barrier, uint32_
       "[%5];" ::"r"(address),
       "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
       : "memory");
+}
+
+// Copy `bytes` (a multiple of 16) of this block's shared memory to `address` of the block to which
+// `address` and `barrier` belong. A message too; one thread sends it. What other instructions wrote
+// there needs a fence_async() of the writer first.
+__device__ __forceinline__ void send_bulk(uint32_t address, uint32_t barrier, uint32_t from,
+                                          uint32_t bytes) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(address),
+      "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// Makes this thread's writes to shared memory visible to bulk copies and warpgroup products, which
+// go by another path.
+__device__ __forceinline__ void fence_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 }  // namespace sb_fast_sligru

@@ -18,7 +18,7 @@
 // sends after a __syncthreads that follows its last read of step k - 1's.
 #include "cluster_launch.cuh"
 #include "persistent_float.cuh"
-#include "persistent_wide.cuh"
+#include "persistent_many.cuh"
 
 namespace sb_fast_sligru {
 namespace {
@@ -310,8 +310,10 @@ cudaError_t launch_backward(const PersistentBackward& p, cudaStream_t stream) {
       return launch_backward<T, 8>(p, stream);
     case 512:
       return launch_backward<T, 16>(p, stream);
-    case kWideHidden:
-      return run_backward_wide(p, stream);
+    case kWideHidden: {
+      const int rows = many_rows(p.layer.rows(), kBackwardTimes);
+      return rows > 0 ? run_backward_many(p, rows, stream) : run_backward_wide(p, stream);
+    }
     default:
       return cudaErrorInvalidValue;
   }

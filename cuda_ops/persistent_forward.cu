@@ -16,7 +16,7 @@
 // buffers.
 #include "cluster_launch.cuh"
 #include "persistent_float.cuh"
-#include "persistent_wide.cuh"
+#include "persistent_many.cuh"
 
 namespace sb_fast_sligru {
 namespace {
@@ -286,8 +286,10 @@ cudaError_t launch_forward(const PersistentForward& p, cudaStream_t stream) {
       return launch_forward<T, 8>(p, stream);
     case 512:
       return launch_forward<T, 16>(p, stream);
-    case kWideHidden:
-      return run_forward_wide(p, stream);
+    case kWideHidden: {
+      const int rows = many_rows(p.layer.rows(), kForwardTimes);
+      return rows > 0 ? run_forward_many(p, rows, stream) : run_forward_wide(p, stream);
+    }
     default:
       return cudaErrorInvalidValue;
   }

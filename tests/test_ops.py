@@ -230,6 +230,28 @@ def test_shapes_around_those_of_clusters(name, precision, shape, option, bidirec
     assert_no_worse_than_the_loop(name, "cuda", precision, arguments)
 
 
+# Rows around and beyond those from which the kernels of up to 40 rows a cluster take over from those
+# of 8 (H above 512): full and partly filled tiles of 8 rows, one wave of clusters and several.
+MANY_ROWS_SHAPES = [
+    (113, 1, 1024),
+    (63, 4, 520),
+    (120, 3, 1024),
+    (127, 2, 776),
+    (241, 2, 1024),
+    (300, 3, 648),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast-float16"])
+@pytest.mark.parametrize("shape", MANY_ROWS_SHAPES, ids=shape_id)
+@pytest.mark.parametrize("option", ["sligru-h0-mask", "sligru-affine-h0", "ligru-h0"])
+@each_direction
+def test_many_rows(precision, shape, option, bidirectional):
+    arguments = make_inputs(shape, option, bidirectional)
+    assert_no_worse_than_the_loop("persistent", "cuda", precision, arguments)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("hidden", [*range(16, 513, 8), *range(520, 1025, 72)])
