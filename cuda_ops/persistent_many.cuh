@@ -199,7 +199,7 @@ struct StepTimes {
   float wide, base, row;
 };
 constexpr StepTimes kForwardTimes = {1.87f, 3.85f, 0.026f};
-constexpr StepTimes kBackwardTimes = {1.39f, 3.6f, 0.06f};
+constexpr StepTimes kBackwardTimes = {1.39f, 3.95f, 0.05f};
 
 // Rows that a cluster should serve if the many-row kernel is the faster one for `rows` rows on the
 // current device, else 0. Whichever kernel runs, as many clusters run at once.

@@ -231,7 +231,7 @@ def test_shapes_around_those_of_clusters(name, precision, shape, option, bidirec
 
 
 # Rows around and beyond those from which the kernels of up to 40 rows a cluster take over from
-# those of 8 (H above 512): full and partly filled tiles of 8 rows, one wave of clusters and several.
+# those of 8 (H above 512): full and partly filled tiles of 8 rows, one wave of clusters and more.
 MANY_ROWS_SHAPES = [
     (113, 1, 1024),
     (63, 4, 520),
