@@ -268,6 +268,13 @@ def _parts(report, style):
         parts.insert(0, headline(report))
     if report["variants"]:
         parts += [_times_table(report, style), _phases_text(report), _phases_table(report, style)]
+        late = [v for v in report["variants"] if v["loader_utilisation"] > 1]
+        if late and report["loader"]["processes"]:
+            names = ", ".join(f"{v['cell']} {v['precision']} {v['implementation']}" for v in late)
+            parts.append(
+                f"More loader processes are needed for {names}: batches were loaded in advance, "
+                "but these processes cannot keep it up, so a whole epoch would take longer."
+            )
     if report["interrupted"]:
         parts.append("Stopped before all RNNs and precisions were done; --resume goes on.")
     return [*parts, verdict(report)]
