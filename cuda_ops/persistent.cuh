@@ -111,6 +111,11 @@ __device__ __forceinline__ void pin(int64_t& x) {
   x = __shfl_sync(0xffffffffu, static_cast<long long>(x), static_cast<int>(threadIdx.x) % 32);
 }
 
+// bar.sync of the `threads` threads that use barrier `id` (0 is __syncthreads).
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // ---- shared memory, by 32-bit address ----
 __device__ __forceinline__ float load_float(uint32_t address) {
   float x;
@@ -128,6 +133,12 @@ __device__ __forceinline__ float load_operand(uint32_t address) {
 __device__ __forceinline__ uint2 load_uint2(uint32_t address) {
   uint2 x;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ float2 load_float2(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
   return x;
 }
 

@@ -4,9 +4,8 @@
 // Block k of a cluster owns the 64 rows 32k..32k+31 (candidate and gate) of Uc and of dwx. Each of
 // its first 4 warps computes dwx of 8 units, one (unit, row) a lane; all 8 multiply, each for the
 // units of its own target blocks. Gradients have any range, so each of the first warps scales its
-// 16 rows of dwx by their maximum, for every row of the batch and every step: the partial products
-// of different warps' dwx are therefore added up outside the tensor core, each with its own factor.
-#include "cluster_launch.cuh"
+// 16 rows of dwx, every row of the batch by its own power of two: the partial products of different
+// warps' dwx are therefore added up outside the tensor core, each with its own factor.
 #include "persistent_float.cuh"
 #include "persistent_wide_float.cuh"
 
@@ -24,9 +23,10 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   constexpr int kTiles = 4;     // of 8 units of a target: the lane's outputs are its units 4g..4g+3
   constexpr int kInFlight = 2;  // products of a warp that run while others are added up
   constexpr int kPieceBytes = kTiles * sizeof(float);
-  constexpr int kSenderBytes = 32 * kPieceBytes;  // [lane][4 units of one row]
-  constexpr uint32_t kCarryTraffic = kCluster * kSenderBytes;
-  constexpr uint32_t kM2Traffic = kCluster * kRows * sizeof(float);
+  constexpr int kSenderRowBytes = kBlockUnits * sizeof(float);
+  constexpr int kSenderBytes = kRows * kSenderRowBytes;  // [row][8 pieces of 4 units]
+  constexpr uint32_t kCarryBytes = kCluster * kSenderBytes;
+  constexpr uint32_t kM2Bytes = kCluster * kRows * sizeof(float);
   // 32 units, and 32 bytes that keep the four rows in different banks.
   constexpr int kRowBytes = kBlockUnits * 4 + 32;
   constexpr int kStreamBytes = kRows * kRowBytes;
@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const uint32_t rank = cluster_rank();
-  const int row0 = static_cast<int>(blockIdx.x / kCluster) * kRows;
+  const int rows = cluster_rows(layer, kCluster);
+  const int row0 = static_cast<int>(blockIdx.x / kCluster) * rows;
   const int block_unit0 = static_cast<int>(rank) * kBlockUnits;
   const bool owns = warp < kWarps;
   const int local_row = g / 2, block_unit = warp % kWarps * 8 + 2 * c + g % 2;
@@ -60,6 +61,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 
   const uint32_t carry_barrier = shared_address(&barriers[0]);
   const uint32_t m2_barrier = shared_address(&barriers[2]);
+  const uint32_t carry_traffic = kCarryBytes / kRows * rows, m2_traffic = kM2Bytes / kRows * rows;
   if (threadIdx.x < 4) mbarrier::init(shared_address(&barriers[threadIdx.x]));
   mbarrier::fence_init();
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(ring)) / 4; i += kFloatThreads)
@@ -67,8 +69,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; i++) {
-      mbarrier::expect(carry_barrier + 8 * i, kCarryTraffic);
-      if (kLayerNorm) mbarrier::expect(m2_barrier + 8 * i, kM2Traffic);
+      mbarrier::expect(carry_barrier + 8 * i, carry_traffic);
+      if (kLayerNorm) mbarrier::expect(m2_barrier + 8 * i, m2_traffic);
     }
   }
 
@@ -79,6 +81,11 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   const auto target_rank = [&](int i) {
     return (warp * kTargets + ((i + rank) & (kTargets - 1))) % kCluster;
   };
+  // Piece g of a row lies where the four rows of a reading warp do not meet in a bank.
+  const auto piece_offset = [](int row, int piece) {
+    return row * kSenderRowBytes + (piece ^ (2 * row)) * kPieceBytes;
+  };
+  const uint32_t own_piece = shared_address(&partial[0][rank][piece_offset(c, g)]);
   uint32_t weights[kTargets][kTiles][kWarps][4];
   uint32_t target[kTargets];
   float largest = 0.f;
@@ -107,7 +114,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
         }
       }
     }
-    target[i] = remote_address(shared_address(&partial[0][rank][lane * kPieceBytes]), to);
+    target[i] = remote_address(own_piece, to);
   }
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) largest = max_lane_xor(largest, offset);
@@ -128,9 +135,10 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       }
   // From a target to the mbarrier of its block: distances within a block's shared memory are the
   // same.
-  const uint32_t to_barrier = carry_barrier - shared_address(&partial[0][rank][lane * kPieceBytes]);
+  const uint32_t to_barrier = carry_barrier - own_piece;
   const uint32_t m2_rank = (warp * kTargets + (lane / kRows) % kTargets) % kCluster;
-  const bool sends_m2 = serves && lane < kTargets * kRows;
+  const bool sends_carry = c < rows;
+  const bool sends_m2 = lane < kTargets * kRows && lane % kRows < rows;
   const uint32_t m2_target =
       remote_address(shared_address(&m2_sums[0][rank][lane % kRows]), m2_rank);
   const uint32_t m2_target_barrier = remote_address(m2_barrier, m2_rank);
@@ -201,9 +209,11 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   load(0);
 
   const Row row = locate_row(layer, row0 + local_row);
-  const bool stored = owns && row.valid && in_range;
+  const bool used = local_row < rows;
+  const bool stored = owns && row.valid && used && in_range;
   float carry = in_range ? p.carry[int64_t{row.index} * hidden_size + unit] : 0.f;
-  const bool stores_m2 = kLayerNorm && rank == 0 && warp == 0 && c == 0 && g % 2 == 0 && row.valid;
+  const bool stores_m2 =
+      kLayerNorm && rank == 0 && warp == 0 && c == 0 && g % 2 == 0 && row.valid && used;
   const float inverse_size = 1.f / static_cast<float>(2 * hidden_size);
 
   const uint32_t operand_store =
@@ -214,10 +224,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   const uint32_t term_store = shared_address(&m2_terms[0][local_row][block_unit * 4]);
   const uint32_t term_load = shared_address(&m2_terms[0][lane / 8][lane % 8 * 16]);
   const uint32_t m2_load = shared_address(&m2_sums[0][c][local_row]);
-  // Partial carry of this lane's row and unit: piece (unit / 4) * 4 + row of every sender.
-  const uint32_t partial_load =
-      shared_address(&partial[0][0][(block_unit / 4 * 4 + local_row) * kPieceBytes +
-                                    block_unit % 4 * sizeof(float)]);
+  const uint32_t partial_load = shared_address(
+      &partial[0][0][piece_offset(local_row, block_unit / 4) + block_unit % 4 * sizeof(float)]);
+  float scale = 0.f;  // of this warp's dwx of local_row
   pin(weight_factor);
   cluster_barrier();
 
@@ -228,13 +237,20 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     float d = 0.f, dwx_a = 0.f, dwx_z = 0.f, complement = 0.f, v = 0.f;
     const float now_rho = rho;
     if (owns) {
-      d = grad + carry;
+      d = used ? grad + carry : 0.f;
       dwx_a = d * coefficients[0], dwx_z = d * coefficients[1];
       complement = coefficients[2];
+      // The scale of the step before will mostly do: nothing too large for float16, and in every
+      // row something large enough for the low part to have all its bits.
       float magnitude = fmaxf(fabsf(dwx_a), fabsf(dwx_z));
+      const float scaled = magnitude * scale;
+      const bool large = __any_sync(0xffffffffu, !(scaled < 32768.f));
+      const uint32_t fair = __ballot_sync(0xffffffffu, !used || scaled >= 1.f / 256.f);
+      if (large || has_zero_byte(fair)) {
 #pragma unroll
-      for (int offset = 1; offset < 8; offset *= 2) magnitude = max_lane_xor(magnitude, offset);
-      const float scale = scale_for(magnitude);
+        for (int offset = 1; offset < 8; offset *= 2) magnitude = max_lane_xor(magnitude, offset);
+        scale = scale_for(magnitude * 256.f);
+      }
       const SplitPair parts = split(dwx_a * scale, dwx_z * scale);
       const uint32_t store = operand_store + buffer * sizeof(operand[0]);
       store_bits(store, static_cast<uint16_t>(parts.high));
@@ -260,7 +276,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
                                     inverse.z * weight_factor, inverse.w * weight_factor};
       // While some products are computed, those before them are added up; a block is served while
       // the next one's units are multiplied.
-      float sums[kTargets][kTiles], products[2][kInFlight][4];
+      float sums[kTargets][kTiles], products[2][kInFlight][4], m2_sum = 0.f;
       constexpr int kGroups = kTiles / kInFlight, kRounds = kTargets * kWarps * kGroups;
 #pragma unroll
       for (int n = 0; n <= kRounds; n++) {
@@ -270,15 +286,21 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           for (int m = 0; m < kInFlight; m++)
             multiply_new(products[n % 2][m], weights[i][n % kGroups * kInFlight + m][tile],
                          dwx[tile].x, dwx[tile].y);
-        } else if constexpr (kLayerNorm) {  // in the shadow of the last products
-          const float4 terms = load_float4(term_load + buffer * sizeof(m2_terms[0]));
-          float sum = (terms.x + terms.y) + (terms.z + terms.w);
-#pragma unroll
-          for (int offset = 1; offset < 8; offset *= 2) sum = add_lane_xor(sum, offset);
-          sum = __shfl_sync(0xffffffffu, sum, lane % kRows * 8);
-          if (sends_m2)
-            send(m2_target + buffer * kM2Traffic, m2_target_barrier + buffer * 8,
-                 __float_as_uint(sum));
+        }
+        if constexpr (kLayerNorm) {  // the block's part of m2, a step of its sum a round
+          constexpr int kFirst = kRounds / 2;
+          static_assert(kFirst + 4 <= kRounds);
+          if (n == kFirst) {
+            const float4 terms = load_float4(term_load + buffer * sizeof(m2_terms[0]));
+            m2_sum = (terms.x + terms.y) + (terms.z + terms.w);
+          } else if (kFirst < n && n < kFirst + 4) {
+            m2_sum = add_lane_xor(m2_sum, 1 << (n - kFirst - 1));
+          } else if (n == kFirst + 4) {
+            m2_sum = __shfl_sync(0xffffffffu, m2_sum, lane % kRows * 8);
+            if (sends_m2)
+              send(m2_target + buffer * kM2Bytes, m2_target_barrier + buffer * 8,
+                   __float_as_uint(m2_sum));
+          }
         }
         if (n > 0) {
           const int i = (n - 1) / kGroups / kWarps, tile = (n - 1) / kGroups % kWarps;
@@ -289,10 +311,15 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
             float& sum = sums[i][(n - 1) % kGroups * kInFlight + m];
             sum = tile == 0 ? value * factor[0] : fmaf(value, factor[tile], sum);
           }
-          if (n % (kWarps * kGroups) == 0)
-            send(target[i] + buffer * kCarryTraffic, target[i] + to_barrier + buffer * 8,
-                 __float_as_uint(sums[i][0]), __float_as_uint(sums[i][1]),
-                 __float_as_uint(sums[i][2]), __float_as_uint(sums[i][3]));
+        }
+        // A block is served when the first products for the next one are under way.
+        constexpr int kTargetRounds = kWarps * kGroups;
+        if (n == kRounds || (n > kTargetRounds && n % kTargetRounds == 1)) {
+          const int to = (n - 1) / kTargetRounds - (n == kRounds ? 0 : 1);
+          if (sends_carry)
+            send(target[to] + buffer * kCarryBytes, target[to] + to_barrier + buffer * 8,
+                 __float_as_uint(sums[to][0]), __float_as_uint(sums[to][1]),
+                 __float_as_uint(sums[to][2]), __float_as_uint(sums[to][3]));
         }
       }
     }
@@ -308,21 +335,21 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       float own = fmaf(-complement, d, d);
       if constexpr (kLayerNorm) {
         mbarrier::wait(m2_barrier + buffer * 8, parity);
-        if (threadIdx.x == 0) mbarrier::expect(m2_barrier + buffer * 8, kM2Traffic);
+        if (threadIdx.x == 0) mbarrier::expect(m2_barrier + buffer * 8, m2_traffic);
         float m2 = 0.f;
 #pragma unroll
         for (int i = 0; i < kCluster / 4; i++)
-          m2 += load_float(m2_load + buffer * kM2Traffic + i * 4 * sizeof(m2_sums[0][0]));
+          m2 += load_float(m2_load + buffer * kM2Bytes + i * 4 * sizeof(m2_sums[0][0]));
         m2 = add_lane_xor(add_lane_xor(m2, 1), 2) * inverse_size;
         own = fmaf(-now_rho * m2, v, own);
         if (stores_m2) p.m2[row_step] = m2;
       }
       mbarrier::wait(carry_barrier + buffer * 8, parity);
-      if (threadIdx.x == 0) mbarrier::expect(carry_barrier + buffer * 8, kCarryTraffic);
+      if (threadIdx.x == 0) mbarrier::expect(carry_barrier + buffer * 8, carry_traffic);
       float received[4] = {};
 #pragma unroll
       for (int i = 0; i < kCluster; i++)
-        received[i % 4] += load_float(partial_load + buffer * kCarryTraffic + i * kSenderBytes);
+        received[i % 4] += load_float(partial_load + buffer * kCarryBytes + i * kSenderBytes);
       carry = fmaf(now_rho, (received[0] + received[1]) + (received[2] + received[3]), own);
     }
   }
@@ -335,8 +362,8 @@ template <int kCluster>
 cudaError_t launch_backward(const PersistentBackward& p, cudaStream_t stream) {
   const auto kernel = p.layer.layer_norm ? backward_float_kernel<kCluster, true>
                                          : backward_float_kernel<kCluster, false>;
-  return ClusterKernel<PersistentBackward>{kernel, kCluster, kFloatThreads}.run(
-      ceil_div(p.layer.rows(), kRows), p, stream);
+  return run_clusters(ClusterKernel<PersistentBackward>{kernel, kCluster, kFloatThreads}, p,
+                      stream);
 }
 
 }  // namespace

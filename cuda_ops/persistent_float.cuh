@@ -14,12 +14,13 @@
 // infinite, hence NaN, never a wrong number; below 2^-14 its error stays at 2^-37.
 #pragma once
 
+#include "cluster_launch.cuh"
 #include "persistent.cuh"
 
 namespace sb_fast_sligru {
 
-// A cluster serves 4 rows (kRows) and a block owns 32 units (kBlockUnits), as in persistent.cuh;
-// with two float16 a weight it takes 8 warps to hold them in registers.
+// A cluster serves up to 4 rows (kRows) and a block owns 32 units (kBlockUnits); with two float16 a
+// weight it takes 8 warps to hold them in registers.
 constexpr int kFloatWarps = 8;
 constexpr int kFloatThreads = 32 * kFloatWarps;
 
@@ -47,8 +48,32 @@ __device__ __forceinline__ float inverse_of(float scale) {
   return __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
 
+// The rows of the batch are spread evenly over the clusters of a launch: 1 to kRows each. The
+// fewer, the fewer bytes have to reach a block.
+__device__ __forceinline__ int cluster_rows(const Recurrence& layer, int cluster) {
+  const int clusters = static_cast<int>(gridDim.x) / cluster;
+  return (static_cast<int>(layer.rows()) + clusters - 1) / clusters;
+}
+
+template <class Params>
+cudaError_t run_clusters(const ClusterKernel<Params>& kernel, const Params& p,
+                         cudaStream_t stream) {
+  const int64_t rows = p.layer.rows(), at_once = std::max(kernel.alone(), 1);
+  const int64_t rows_each = std::min<int64_t>(ceil_div(rows, at_once), kRows);
+  return kernel.run(ceil_div(rows, rows_each), p, stream);
+}
+
+__device__ __forceinline__ bool has_zero_byte(uint32_t x) {
+  return ((x - 0x01010101u) & ~x & 0x80808080u) != 0;
+}
+
 __device__ __forceinline__ float max_lane_xor(float x, int offset) {
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+}
+
+// ---- shared memory ----
+__device__ __forceinline__ void store_float2(uint32_t address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
 // d = a b.

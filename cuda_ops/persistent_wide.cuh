@@ -51,12 +51,6 @@ __device__ __forceinline__ uint32_t load_uint(uint32_t address) {
   return x;
 }
 
-__device__ __forceinline__ float2 load_float2(uint32_t address) {
-  float2 x;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
-  return x;
-}
-
 __device__ __forceinline__ void store_uint2(uint32_t address, uint32_t x, uint32_t y) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
 }
@@ -79,11 +73,6 @@ __device__ __forceinline__ void copy_async_16_or_zeros(uint32_t shared, const vo
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
-}
-
-// bar.sync of the `threads` threads that use barrier `id` (0 is __syncthreads).
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Launchers; see run_forward and run_backward, which choose by H.
