@@ -56,18 +56,6 @@ struct ClusterKernel {
     return cudaLaunchKernelEx(&launch.config, kernel, params);
   }
 
-  // How many clusters may have their multiprocessors to themselves. The same for all kernels of a
-  // cluster size, since one block fits a multiprocessor; remembered per device.
-  int alone() const {
-    constexpr int kDevices = 64, kLargestCluster = 16;
-    static std::atomic<int> remembered[kDevices][kLargestCluster + 1];  // plus 1; 0: not asked yet
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
-    std::atomic<int>& entry = remembered[device][cluster];
-    if (entry == 0) entry = resident(largest_bytes()) + 1;
-    return entry - 1;
-  }
-
  private:
   struct Launch {  // points into itself: neither copied nor moved
     cudaLaunchConfig_t config = {};

@@ -215,18 +215,34 @@ __device__ __forceinline__ float hyperbolic_tangent(float x) {
   return fmaf(-2.f, reciprocal(1.f + exponential(2.f * x)), 1.f);
 }
 
-// The argument is brought into [-pi, pi], where the hardware's sine is good to 2^-21; sinf would
-// need a table in local memory for its largest arguments.
-__device__ __forceinline__ float reduce_angle(float x) {
-  const float turns = rintf(x * 0.159154943f);
-  return fmaf(turns, 1.74845553e-7f, fmaf(turns, -6.28318548f, x));
+// sin(x) and cos(x) to 2^-23 absolute: the sine of what x is beyond a multiple (cosine: an odd
+// multiple of a half) of pi, by a polynomial on [-pi/2, pi/2]. The hardware's sine has 2^-21; sinf
+// would need a table in local memory for its largest arguments.
+__device__ __forceinline__ float sine_beyond(float x, float half_turns, bool negative) {
+  const float y = fmaf(half_turns, 8.74227766e-8f, fmaf(half_turns, -3.14159274f, x));
+  const float y2 = y * y;
+  float p = fmaf(2.60005459e-6f, y2, -1.98066147e-4f);
+  p = fmaf(p, y2, 8.33301712e-3f);
+  p = fmaf(p, y2, -0.166666567f);
+  const float sine = fmaf(p * y2, y, y);
+  return negative ? -sine : sine;
+}
+
+__device__ __forceinline__ float sine(float x) {
+  const float half_turns = rintf(x * 0.318309886f);
+  return sine_beyond(x, half_turns, static_cast<int>(half_turns) & 1);
+}
+
+__device__ __forceinline__ float cosine(float x) {
+  const float half_turns = rintf(fmaf(x, 0.318309886f, -0.5f));
+  return sine_beyond(x, half_turns + 0.5f, (static_cast<int>(half_turns) & 1) == 0);
 }
 
 // activate() and activation_gradient() of cell.h without the standard library's slow paths.
 __device__ __forceinline__ float fast_activate(Activation activation, float a) {
   if (activation == Activation::kRelu) return activate(Activation::kRelu, a);  // tested first
   if (activation == Activation::kLeakyRelu) return activate(Activation::kLeakyRelu, a);
-  return activation == Activation::kTanh ? hyperbolic_tangent(a) : __sinf(reduce_angle(a));
+  return activation == Activation::kTanh ? hyperbolic_tangent(a) : sine(a);
 }
 
 __device__ __forceinline__ float fast_activation_gradient(Activation activation, float a) {
@@ -234,7 +250,7 @@ __device__ __forceinline__ float fast_activation_gradient(Activation activation,
     const float value = hyperbolic_tangent(a);
     return fmaf(-value, value, 1.f);
   }
-  if (activation == Activation::kSin) return __cosf(reduce_angle(a));
+  if (activation == Activation::kSin) return cosine(a);
   return activation_gradient(activation, a);
 }
 
