@@ -282,6 +282,8 @@ def test_disagreement_is_refused_on_both_sides(ours):
     assert compare.check_agreement("SLi-GRU", [2.001, 1.0], [2.0, 1.0])["bound"] == 1e-3
     with pytest.raises(Refused, match="differ from stock's by up to"):
         compare.check_agreement("SLi-GRU", ours, [2.0, 1.0])
+    with pytest.raises(Refused, match="by up to inf relative"):  # CTC could align nothing
+        compare.check_agreement("SLi-GRU", [0.0, 0.0], [0.0, 0.0])
 
 
 def test_losses_beyond_the_seeds_spread_are_refused():

@@ -144,8 +144,8 @@ def check_same_batches(runs):
 
 
 def largest_relative_difference(ours, stock):
-    """Of two loss curves; infinite where one is not finite."""
-    differences = [abs(a - b) / abs(b) for a, b in zip(ours, stock, strict=True)]
+    """Of two loss curves; infinite where one is not finite, or stock's is 0: it learns nothing."""
+    differences = [abs(a - b) / abs(b) if b else math.inf for a, b in zip(ours, stock, strict=True)]
     return max((d if math.isfinite(d) else math.inf for d in differences), default=math.inf)
 
 
