@@ -355,14 +355,14 @@ def _backend(recipe, variant):
 def describe(recipe, arguments, options, chosen):
     """The part of the report that says what was run on what."""
     own = dataclasses.asdict(options)
-    del own["resume"]
+    del own["resume"], own["commit"]
     hparams = recipe.hparams
     augmentations = [
         name.removeprefix("enable_")
         for name, value in hparams.items()
         if name.startswith("enable_") and value
     ]
-    return epoch_report.environment(recipe.device) | {
+    return epoch_report.environment(recipe.device, options.commit) | {
         "settings": {
             "arguments": list(arguments),
             "options": own,
@@ -429,10 +429,13 @@ def parse(arguments=None):
     parser.add_argument(
         "--stock-compile",
         action="store_true",
-        help="also SpeechBrain's by torch.compile, which takes long for each new length",
+        help="also SpeechBrain's by torch.compile, minutes for each new length",
     )
     parser.add_argument("--isolate", action="store_true", help="a fresh process per variant")
     parser.add_argument("--resume", action="store_true", help="go on where the report ends")
+    parser.add_argument(
+        "--commit", metavar="HASH", help="for the report (default: that of the repository)"
+    )
     own, recipe_arguments = parser.parse_known_args(arguments)
     own = vars(own)
     del own["full"]

@@ -129,8 +129,8 @@ def resume(report, folder):
 _IDENTITY = ("commit", "versions", "machine", "settings", "data")
 
 
-def environment(device):
-    """The part of a report that says when and where it was made."""
+def environment(device, commit=None):
+    """The part of a report that says when and where it was made; `commit` as git tells it."""
     gpu = driver = None
     if "cuda" in device:
         gpu = torch.cuda.get_device_name(device)
@@ -138,7 +138,7 @@ def environment(device):
         driver = (_output_of(*query) or "unknown").splitlines()[0]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

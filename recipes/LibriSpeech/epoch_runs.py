@@ -56,6 +56,7 @@ class Options:
     stock_compile: bool = False
     isolate: bool = False
     resume: bool = False
+    commit: str | None = None
 
 
 @dataclasses.dataclass
