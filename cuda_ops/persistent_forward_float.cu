@@ -1,5 +1,5 @@
 // The forward recurrence of persistent_forward.cu with float32 operands, for H <= 512. Its two hops
-// and buffers are the same; the products are those of persistent_float.cuh.
+// and buffers of h are the same; the products are those of persistent_float.cuh.
 //
 // Block k of a cluster owns units 32k..32k+31, four octets. Its warps form two teams: each holds
 // the rows of Uc of two octets in registers for the whole sequence, as tiles of one gate of one
@@ -7,6 +7,12 @@
 // sent. So a warp reads a quarter of h from shared memory; with all of h in every warp these reads
 // were a third of a step. When the partial sums have met in shared memory, warps 2j and 2j + 1 both
 // compute octet j, lane 4g + c unit g of row c, and each sends the new state to half of the blocks.
+//
+// So a block that has all of h knows that half of the warps of every other block, not that all of
+// them, are done with the step. What a slow warp may still read then has two buffers in turn: the
+// statistics (re-used only after all statistics of the step between, which a block sends after its
+// __syncthreads) and, in a Li-GRU, the partial sums (re-used only after the team's barrier of the
+// step between; with the norm, the __syncthreads of the same step orders them).
 #include "cluster_launch.cuh"
 #include "persistent_float.cuh"
 #include "persistent_wide_float.cuh"
@@ -31,9 +37,10 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   constexpr int kRingBytes = kRows * 2 * 8 * 4;  // wx of an octet and step: [row][a, z][8 units]
 
   __shared__ alignas(128) uint8_t hidden[kBuffers][kHiddenBytes];
-  __shared__ alignas(16) float statistics[kCluster][kRows];
+  __shared__ alignas(16) float statistics[2][kCluster][kRows];
   __shared__ alignas(16) float octet_sums[2][kRows][kOctets];  // two in turn: one barrier a step
-  __shared__ alignas(16) float2 partial[kOctets][kTeamWarps][32];  // of r: [.][warp][lane](a, z)
+  // Of r: [buffer][octet][warp][lane](a, z).
+  __shared__ alignas(16) float2 partial[kBuffers][kOctets][kTeamWarps][32];
   __shared__ alignas(16) uint8_t ring[kRingSteps][kOctets][kRingBytes];
   __shared__ alignas(8) uint64_t barriers[kBuffers * kGroups + 1];
 
@@ -155,7 +162,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   const uint32_t sum_rank = warp * kWarpTargets + (lane / kRows) % kWarpTargets;
   const bool sends_sum = lane < kWarpTargets * kRows && sum_rank < kCluster && lane % kRows < rows;
   const uint32_t sum_target =
-      remote_address(shared_address(&statistics[rank][lane % kRows]), sum_rank % kCluster);
+      remote_address(shared_address(&statistics[0][rank][lane % kRows]), sum_rank % kCluster);
   const uint32_t sum_barrier = remote_address(statistics_barrier, sum_rank % kCluster);
 
   // wx of an octet: the first lanes of warp 2j each copy one 16-byte piece a step. A team meets at
@@ -187,14 +194,14 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   const int rho_step = row.direction ? -1 : 1;
   uint32_t hidden_address =
       shared_address(&hidden[0][part * kSlotBytes]) + c * kSectionBytes + g * 16;
-  uint32_t partial_store = shared_address(&partial[team * kTeamOctets][part][lane]);
-  uint32_t partial_load = shared_address(&partial[octet][0][lane]);
+  uint32_t partial_store = shared_address(&partial[0][team * kTeamOctets][part][lane]);
+  uint32_t partial_load = shared_address(&partial[0][octet][0][lane]);
   float inverse_size = 1.f / static_cast<float>(2 * hidden_size);
   float eps = static_cast<float>(layer.eps);
   const Activation activation = layer.activation;
   uint32_t sum_store = shared_address(&octet_sums[0][c][octet]);
   uint32_t sum_load = shared_address(&octet_sums[0][lane % kRows][0]);
-  uint32_t statistics_load = shared_address(&statistics[g & 1][c]);
+  uint32_t statistics_load = shared_address(&statistics[0][g & 1][c]);
   pin(hidden_address), pin(to_barrier), pin(partial_store), pin(partial_load);
   pin(copy_target), pin(wx_address), pin(sum_store), pin(sum_load), pin(statistics_load);
   pin(source_step), pin(output_step), pin(inverse_size), pin(eps);
@@ -224,8 +231,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           multiply<__half>(sums[e][gate], weights[n][1][e][gate], __float_as_uint(operand.z),
                            __float_as_uint(operand.w));
     }
-    // The team's partial sums meet. They are read again only after all blocks' next states, hence
-    // after all warps have read these.
+    // The team's partial sums meet.
+    const uint32_t partial_buffer = buffer * sizeof(partial[0]);
 #pragma unroll
     for (int e = 0; e < kTeamOctets; e++) {
       float r[2];
@@ -234,7 +241,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
         const float (&sum)[4] = sums[e][gate];
         r[gate] = fmaf(sum[1] + sum[2], 1.f / kLowScale, sum[0]) * factor[e][gate];
       }
-      store_float2(partial_store + e * sizeof(partial[0]), r[0], r[1]);
+      store_float2(partial_store + partial_buffer + e * sizeof(partial[0][0]), r[0], r[1]);
     }
     named_barrier(1 + team, 32 * kTeamWarps);
     float r_a, r_z;
@@ -242,11 +249,12 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       float2 parts[kTeamWarps];
 #pragma unroll
       for (int i = 0; i < kTeamWarps; i++)
-        parts[i] = load_float2(partial_load + i * sizeof(partial[0][0]));
+        parts[i] = load_float2(partial_load + partial_buffer + i * sizeof(partial[0][0][0]));
       r_a = (parts[0].x + parts[1].x) + (parts[2].x + parts[3].x);
       r_z = (parts[0].y + parts[1].y) + (parts[2].y + parts[3].y);
     }
 
+    const uint32_t statistics_buffer = t % 2 * sizeof(statistics[0]);
     if constexpr (kLayerNorm) {
       float square = fmaf(r_a, r_a, r_z * r_z);
 #pragma unroll
@@ -256,7 +264,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       __syncthreads();
       if (sends_sum) {
         const float4 sums = load_float4(sum_load + turn);
-        send(sum_target, sum_barrier, __float_as_uint((sums.x + sums.y) + (sums.z + sums.w)));
+        send(sum_target + statistics_buffer, sum_barrier,
+             __float_as_uint((sums.x + sums.y) + (sums.z + sums.w)));
       }
     }
 
@@ -274,7 +283,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       float even = 0.f, odd = 0.f;  // two lanes, g and g ^ 1, share the sum over the blocks
 #pragma unroll
       for (int i = 0; i < kCluster / 2; i++)
-        (i % 2 ? odd : even) += load_float(statistics_load + i * 2 * sizeof(statistics[0]));
+        (i % 2 ? odd : even) +=
+            load_float(statistics_load + statistics_buffer + i * 2 * sizeof(statistics[0][0]));
       rho = reciprocal_sqrt(fmaf(add_lane_xor(even + odd, 4), inverse_size, eps));
     }
     const float z = sigmoid(fmaf(r_z, rho, wx_z));

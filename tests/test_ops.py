@@ -364,11 +364,18 @@ def test_gradients_survive_a_loss_scale_where_rho_is_largest(autocast):
     arguments["wx"][..., 64:] += 8  # the gate keeps h near zero for a while
     upstream = upstream_for(arguments) * 1e-5
     exact = run("reference", arguments, upstream, "cuda")
-    bound = {torch.bfloat16: 0.1, torch.float16: 0.02, None: 1e-4}[autocast]
+
+    def unscaled(name, autocast=autocast):
+        results = run(name, arguments, upstream * 2**16, "cuda", torch.float32, autocast)
+        return {key: value if key == "h" else value / 2**16 for key, value in results.items()}
+
+    # 1 - z, here e^-8, loses digits in float32: the loop itself is off by 1e-4 to 2e-4.
+    eager = {key: relative_error(value, exact[key]) for key, value in unscaled("reference").items()}
     for name in ("stepwise", "persistent"):
-        scaled = run(name, arguments, upstream * 2**16, "cuda", torch.float32, autocast)
-        unscaled = {key: value if key == "h" else value / 2**16 for key, value in scaled.items()}
-        assert_close(unscaled, exact, bound)
+        bounds = {torch.bfloat16: 0.1, torch.float16: 0.02}.get(autocast) or {
+            key: 3 * error + 1e-7 for key, error in eager.items()
+        }
+        assert_close(unscaled(name), exact, bounds)
 
 
 @each_backend

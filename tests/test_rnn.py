@@ -16,7 +16,7 @@ import sb_fast_sligru
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CELLS = ["SLiGRU", "LiGRU"]
 BATCH, TIME, FEATURES, HIDDEN = 3, 7, 5, 6
-NETWORKS = 6  # over which errors are averaged
+NETWORKS = 20  # over which errors are averaged
 
 # Option of the constructor -> arguments. NORM stands for what the cell calls the argument.
 OPTIONS = {
