@@ -5,9 +5,14 @@
 //   Scale of dwx. Gradients may have any magnitude, float16 has not: every row of dwx is scaled in
 //     every block by a power of two of its own, and the partial carries, which travel as float, are
 //     scaled back before they are sent.
-//   Buffers. m2 is sent early in a step, after the block's last read of the partial carries of the
-//     step before; no block sends partial carries before it has the m2 of all. One buffer of each
-//     is therefore enough. Li-GRU, which has no m2, sends an empty one.
+//   Buffers. m2 is sent early in a step, after a __syncthreads that follows the block's last read
+//     of the partial carries of the step before; no block sends partial carries before it has the
+//     m2 of all. One buffer of carries is therefore enough. Li-GRU, which has no m2, sends an empty
+//     one. Of m2 there are two, in turn: the carries that let a block go on come from one warp of
+//     each block, whose other warps may not have read m2 yet; those of the next step come after a
+//     __syncthreads. One buffer of m2_terms is enough: a warp writes them again when it has the
+//     carries of all 16 blocks, and these were sent after the m2 of this block had arrived, which
+//     each of its warps sends to two of them, after its read of m2_terms.
 //   Coefficients go from global memory, ahead of time into L2, straight to the lanes that use them.
 #include "cluster_launch.cuh"
 #include "persistent_wide_float.cuh"
@@ -29,7 +34,7 @@ struct Shared {
   uint8_t fragments[Place::kShared][kWideWarps][kFragmentBytes];
   uint8_t streamed[Place::kRing][kWideWarps][kFragmentBytes];
   uint8_t operand[kWideWarps][kOperandBytes];  // dwx: [warp][row][c][high a z, low a z]
-  float m2_sums[kWideCluster][kWideRows];
+  float m2_sums[2][kWideCluster][kWideRows];
   float m2_terms[kWideRows][kWideWarps];
   float maxima[kWideRows][kWideWarps];
   uint64_t barriers[2];
@@ -96,13 +101,13 @@ __global__ void __launch_bounds__(kWideThreads, 1)
                          (c & 1) * 8]);
   const uint32_t m2_rank = 2 * warp + ((lane >> 3) & 1);
   const uint32_t m2_target =
-      remote_address(shared_address(&shared.m2_sums[rank][lane & 7]), m2_rank);
+      remote_address(shared_address(&shared.m2_sums[0][rank][lane & 7]), m2_rank);
   const uint32_t m2_target_barrier = remote_address(m2_barrier, m2_rank);
   uint32_t warp_store = shared_address(&shared.m2_terms[g][warp]);
   constexpr uint32_t kMaxima = sizeof(shared.m2_terms);  // from m2_terms to maxima
   uint32_t term_load = shared_address(&shared.m2_terms[lane & 7][0]);
   uint32_t maxima_load = shared_address(&shared.maxima[g][0]);
-  uint32_t m2_load = shared_address(&shared.m2_sums[c][g]);
+  uint32_t m2_load = shared_address(&shared.m2_sums[0][c][g]);
   uint32_t operand_store = shared_address(&shared.operand[warp][lane * 16]);
   uint32_t operand_load = shared_address(&shared.operand[0][lane * 16]);
 
@@ -222,7 +227,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
           const float4 x = load_float4(term_load), y = load_float4(term_load + 16);
           sum = ((x.x + x.y) + (x.z + x.w)) + ((y.x + y.y) + (y.z + y.w));
         }
-        send(m2_target, m2_target_barrier, __float_as_uint(sum));
+        send(m2_target + parity * sizeof(shared.m2_sums[0]), m2_target_barrier,
+             __float_as_uint(sum));
       }
       if (batch == kItemBatches - 1) {
         mbarrier::wait(m2_barrier, parity);
@@ -231,7 +237,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
           float m2 = 0.f;
 #pragma unroll
           for (int i = 0; i < kWideCluster / 4; i++)
-            m2 += load_float(m2_load + i * 4 * sizeof(shared.m2_sums[0]));
+            m2 += load_float(m2_load + parity * sizeof(shared.m2_sums[0]) +
+                             i * 4 * sizeof(shared.m2_sums[0][0]));
           m2 = add_lane_xor(add_lane_xor(m2, 1), 2) * inverse_size;
           own.x = fmaf(-m2, v.x, own.x);
           own.y = fmaf(-m2, v.y, own.y);
