@@ -9,7 +9,9 @@
 //
 // Buffers (see exchange.cuh): one of each. The sums for m2 double as the proof that a block has
 // read the partial carries of the step before, and without a norm a word takes their place; a block
-// sends partial carries only when those of all blocks are there.
+// sends partial carries only when those of all blocks are there. They prove, in turn, that it has
+// read the sums: any one block gets them from one of its warpgroups only, so both meet between
+// their reads and the first send.
 #include "cluster_launch.cuh"
 #include "persistent_many.cuh"
 
@@ -277,6 +279,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
           if (sums_m2 && lane < 8) shared.factors[m2_local_row] = make_float2(rho, -rho * m2);
           if (stores_m2) p.m2[m2_last - k] = m2;
         }
+        __syncthreads();  // all have read the sums for m2: see Buffers
       }
       warpgroup_finish(sums);
       const uint32_t slot = 2 * i + warpgroup;
