@@ -6,18 +6,18 @@
 // sleeps in wait().
 //
 // Memory order
-//   Data before flag. The landing of an st.async is a release at cluster scope on its mbarrier;
-//   wait()
-//     acquires at cluster scope. So whoever returns from wait() sees every byte of the round.
-//   Re-use of a buffer. A buffer is never written while a block may still read it, because each
-//   round is
-//     sent only after a later round has been received in full from every block of the cluster, and
-//     every block sends that later round after its last read of the buffer (its warps meet at a
-//     __syncthreads or each send a part). Each kernel states which rounds play that role.
-//   Re-arming. Thread 0 calls expect() for the next use of an mbarrier right after its own wait(),
-//   hence
-//     before its block sends anything that allows another block to start that next round.
-//   Life time. No block leaves before cluster_barrier(), which follows its last wait().
+// - Data before flag. The landing of an st.async is a release at cluster scope on its mbarrier, and
+//   wait() acquires at cluster scope. So whoever returns from wait() sees every byte of the round.
+// - Re-use of a buffer. A buffer is never written while a block may still read it, because each
+//   round is sent only after a later round has been received in full from every block of the
+//   cluster, and every block sends that later round after its last read of the buffer: its warps
+//   meet at a __syncthreads, or each of them sends a part to every block. (A part to some is not
+//   enough: the others then do not know of that warp.) Each kernel states which rounds play that
+//   role.
+// - Re-arming. Thread 0 calls expect() for the next use of an mbarrier right after its own wait(),
+//   hence before its block sends anything that allows another block to start that next round.
+//   (Where messages are early all the same, the phase cannot complete without expect().)
+// - Life time. No block leaves before cluster_barrier(), which follows its last wait().
 // The bytes declared and the bytes sent are derived from the same constants: were they to differ,
 // the kernel would hang.
 #pragma once
