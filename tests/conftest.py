@@ -18,6 +18,15 @@ def seed():
     torch.manual_seed(20231)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads cost tiny models more than they give, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def environment_described_once():
     """SpeechBrain lists the installed packages whenever a recipe starts, for a second or two."""

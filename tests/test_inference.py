@@ -20,6 +20,8 @@ from mini_librispeech import make_corpus
 from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 from speechbrain.utils.metric_stats import ErrorRateStats
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train-clean-100", "dev-clean", "test-clean")
 STOCK = "!name:speechbrain.nnet.RNN.SLiGRU"
@@ -43,15 +45,6 @@ SEQ2SEQ = (
     "--test_beam_size=3",
 )
 LANGUAGE_MODEL = ("--lm_rnn_layers=1", "--lm_rnn_neurons=32", "--lm_dnn_neurons=16")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost these tiny models more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

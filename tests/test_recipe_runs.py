@@ -29,7 +29,7 @@ from speechbrain.augment.time_domain import Resample
 
 import sb_fast_sligru
 
-pytestmark = pytest.mark.usefixtures("environment_described_once")
+pytestmark = pytest.mark.usefixtures("environment_described_once", "one_thread")
 
 ROOT = Path(__file__).parents[1]
 YAML = ROOT / "hparams/librispeech_ctc.yaml"
@@ -57,15 +57,6 @@ TINY = (
 # Every layer treats each utterance alone. CRDNN's linear layers have a BatchNorm, so there are
 # none; its convolutions have LayerNorms anyway.
 ALONE = ("--rnn_class=!name:recorded_run.LayerNormSLiGRU", "--dnn_blocks=0")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost these tiny models more than they give, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_noise(folder, seconds):

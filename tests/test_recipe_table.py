@@ -16,10 +16,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from mini_librispeech import make_corpus
 
-pytestmark = pytest.mark.usefixtures("environment_described_once")
+pytestmark = pytest.mark.usefixtures("environment_described_once", "one_thread")
 
 ROOT = Path(__file__).parents[1]
 with open(ROOT / "tests/recipes/LibriSpeech.csv", newline="", encoding="utf-8") as table:
@@ -57,15 +56,6 @@ def corpus(tmp_path_factory):
                 content = re.sub(rb"(?m)^%b" % spoken.name.encode(), speaker.encode(), content)
             copy.write_bytes(content)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost these tiny models more than they give, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_table_has_all_recipes():

@@ -22,6 +22,8 @@ from mini_librispeech import make_corpus
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.run_opts import RunOptions
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes/LibriSpeech"
 README = RECIPES / "README.md"
@@ -59,15 +61,6 @@ TINY = (
 )
 # The model is built with the YAML; where it is not used it should take no time.
 NO_MODEL = ("--rnn_layers=1", "--rnn_neurons=8")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost these tiny models more than they give, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from speechbrain.nnet import RNN as stock
 
 import sb_fast_sligru
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CELLS = ["SLiGRU", "LiGRU"]
 BATCH, TIME, FEATURES, HIDDEN = 3, 7, 5, 6
@@ -51,15 +53,6 @@ CASES = [
 either_device = pytest.mark.parametrize("device", DEVICES)
 either_cell = pytest.mark.parametrize("cell", CELLS)
 either_direction = pytest.mark.parametrize("bidirectional", [False, True], ids=["uni", "bi"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
