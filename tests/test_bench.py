@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -25,14 +27,6 @@ def bench_rnn():
     finally:
         sys.path.remove(str(FOLDER))
         sys.modules.pop("bench_rnn", None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

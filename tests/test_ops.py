@@ -371,9 +371,9 @@ def test_gradients_survive_a_loss_scale_where_rho_is_largest(autocast):
 
     # 1 - z, here e^-8, loses digits in float32: the loop itself is off by 1e-4 to 2e-4.
     eager = {key: relative_error(value, exact[key]) for key, value in unscaled("reference").items()}
-    for name in ("stepwise", "persistent"):
+    for name, factor in {"stepwise": 2, "persistent": 3}.items():  # as for any float32 above
         bounds = {torch.bfloat16: 0.1, torch.float16: 0.02}.get(autocast) or {
-            key: 3 * error + 1e-7 for key, error in eager.items()
+            key: factor * error + 1e-7 for key, error in eager.items()
         }
         assert_close(unscaled(name), exact, bounds)
 
