@@ -38,12 +38,13 @@ BUILT := $(STAMPS)/.built
 # Without a GPU the demo needs no CUDA code, which takes the longest to build.
 BUILT_FOR_DEMO := $(if $(GPU_ARCHS),$(BUILT),$(STAMPS)/.built-cpu)
 
-.PHONY: help demo test test-gpu test-stable-abi lint build clean
+.PHONY: help demo test test-gpu sanitize test-stable-abi lint build clean
 
 help:
 	@echo "make demo             train the recipe with our encoder and SpeechBrain's, compare epoch times"
 	@echo "make test             run the tests (those that need a GPU are skipped without one)"
 	@echo "make test-gpu         run the tests that need a GPU"
+	@echo "make sanitize         run a small case of every kernel under compute-sanitizer"
 	@echo "make test-stable-abi  run the operator's tests under a newer torch than the library's own"
 	@echo "make lint             check the style of Python and C++ files"
 	@echo "make build            build the library"
@@ -70,6 +71,13 @@ test-gpu: $(BUILT)
 	@$(RUN) -c "import sys, torch; torch.cuda.is_available() or sys.exit('No CUDA GPU is visible')"
 	@echo "== Tests that need a GPU"
 	$(RUN) -m pytest -m gpu
+
+# initcheck has to see torch's kernels too: they fill the inputs of ours.
+sanitize: $(BUILT)
+	@echo "== Every kernel under compute-sanitizer (some minutes)"
+	compute-sanitizer --error-exitcode 1 --tool memcheck -k kns=sb_fast_sligru $(RUN) tests/sanitize.py
+	compute-sanitizer --error-exitcode 1 --tool initcheck $(RUN) tests/sanitize.py
+	compute-sanitizer --error-exitcode 1 --tool racecheck -k kns=sb_fast_sligru $(RUN) tests/sanitize.py
 
 # The library uses torch's stable ABI, so a file built with torch 2.11 must work with torch 2.13.
 test-stable-abi: $(BUILT) .venv-torch213/.installed

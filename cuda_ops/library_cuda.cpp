@@ -123,7 +123,7 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
                               const Tensor& rho, Needs needs, cudaStream_t stream) {
   // A launch of the sequential kernel costs about as much as 20 steps, once for every wave of its
   // clusters: chunks of at least kChunkSteps, unless those need more than kMostBytes.
-  constexpr int64_t kChunkBytes = int64_t{256} << 20, kMostBytes = int64_t{1} << 30;
+  constexpr int64_t kChunkBytes = int64_t{224} << 20, kMostBytes = int64_t{1} << 30;
   constexpr int64_t kChunkSteps = 100;
   const int64_t R = in.rows(), T = in.time(), H = in.hidden();
   const bool ln = in.layer_norm, need_ln = needs.ln && ln;
@@ -145,7 +145,7 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
     const int64_t streams = coefficient_streams(ln);
     const int64_t operand_bytes = in.operand_type == fp32 ? 4 : 2;
     const int64_t bytes_per_step =
-        R * (4 * width + operand_bytes * (H + streams * padded + 2 * padded + 2 * H));
+        R * (4 * width + operand_bytes * (H + streams * padded + 2 * padded));
     const int64_t bytes =
         std::clamp<int64_t>(kChunkSteps * bytes_per_step, kChunkBytes, kMostBytes);
     const int64_t chunk = std::clamp<int64_t>(bytes / bytes_per_step, 1, T);
@@ -159,7 +159,7 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
     const Tensor projection = buffer(R * chunk * width, fp32);
     const Tensor coefficients = buffer(R * chunk * streams * padded, in.operand_type);
     const Tensor dwx_rows = buffer(R * chunk * 2 * padded, in.operand_type);
-    const Tensor dr = buffer(R * chunk * 2 * H, in.operand_type);
+    const Tensor& dr = coefficients;  // written when those have been read, and smaller
     const Tensor m2 = ln ? buffer(R * chunk, fp32) : nothing();
     const Tensor affine = need_ln ? buffer(affine_partials(R, chunk) * 4 * H, fp32) : nothing();
     auto front = [](Tensor t, int64_t rows, int64_t columns) {

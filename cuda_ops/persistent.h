@@ -60,7 +60,7 @@ struct PersistentBackward {
                           // type
   void* dwx_rows;         // [R, count, 2, padded_hidden(H)] operand type
   float* m2;              // [R, count]; null without layer_norm
-  void* dr;               // [R, count, 2H] operand type
+  void* dr;               // [R, count, 2H] operand type; may lie where the coefficients lie
   float* affine_partial;  // [affine_partials(R, count), 4H] or null: its rows add up to the
                           // gradients of ln_weight (first 2H) and ln_bias
 };

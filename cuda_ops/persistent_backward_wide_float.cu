@@ -10,9 +10,8 @@
 //     m2 of all. One buffer of carries is therefore enough. Li-GRU, which has no m2, sends an empty
 //     one. Of m2 there are two, in turn: the carries that let a block go on come from one warp of
 //     each block, whose other warps may not have read m2 yet; those of the next step come after a
-//     __syncthreads. One buffer of m2_terms is enough: a warp writes them again when it has the
-//     carries of all 16 blocks, and these were sent after the m2 of this block had arrived, which
-//     each of its warps sends to two of them, after its read of m2_terms.
+//     __syncthreads. Of the block's own terms of m2 there are two as well: a __syncthreads of the
+//     step between then stands between their reads and the next writes.
 //   Coefficients go from global memory, ahead of time into L2, straight to the lanes that use them.
 #include "cluster_launch.cuh"
 #include "persistent_wide_float.cuh"
@@ -35,7 +34,7 @@ struct Shared {
   uint8_t streamed[Place::kRing][kWideWarps][kFragmentBytes];
   uint8_t operand[kWideWarps][kOperandBytes];  // dwx: [warp][row][c][high a z, low a z]
   float m2_sums[2][kWideCluster][kWideRows];
-  float m2_terms[kWideRows][kWideWarps];
+  float m2_terms[2][kWideRows][kWideWarps];
   float maxima[kWideRows][kWideWarps];
   uint64_t barriers[2];
 };
@@ -103,9 +102,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   const uint32_t m2_target =
       remote_address(shared_address(&shared.m2_sums[0][rank][lane & 7]), m2_rank);
   const uint32_t m2_target_barrier = remote_address(m2_barrier, m2_rank);
-  uint32_t warp_store = shared_address(&shared.m2_terms[g][warp]);
+  uint32_t warp_store = shared_address(&shared.m2_terms[0][g][warp]);
   constexpr uint32_t kMaxima = sizeof(shared.m2_terms);  // from m2_terms to maxima
-  uint32_t term_load = shared_address(&shared.m2_terms[lane & 7][0]);
+  uint32_t term_load = shared_address(&shared.m2_terms[0][lane & 7][0]);
   uint32_t maxima_load = shared_address(&shared.maxima[g][0]);
   uint32_t m2_load = shared_address(&shared.m2_sums[0][c][g]);
   uint32_t operand_store = shared_address(&shared.operand[warp][lane * 16]);
@@ -180,7 +179,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     }
     if (c == 0) {
       store_float(warp_store + kMaxima, largest);
-      if (kLayerNorm) store_float(warp_store, term);
+      if (kLayerNorm) store_float(warp_store + parity * sizeof(shared.m2_terms[0]), term);
     }
     __syncthreads();
     {
@@ -224,7 +223,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       if (batch == 0 && lane < 2 * kWideRows) {
         float sum = 0.f;
         if constexpr (kLayerNorm) {
-          const float4 x = load_float4(term_load), y = load_float4(term_load + 16);
+          const uint32_t from = term_load + parity * sizeof(shared.m2_terms[0]);
+          const float4 x = load_float4(from), y = load_float4(from + 16);
           sum = ((x.x + x.y) + (x.z + x.w)) + ((y.x + y.y) + (y.z + y.w));
         }
         send(m2_target + parity * sizeof(shared.m2_sums[0]), m2_target_barrier,

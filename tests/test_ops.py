@@ -280,7 +280,7 @@ def test_activations_in_low_precision(dtype, activation, bidirectional):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast-bfloat16"])
 @each_direction
 def test_chunks_of_time_in_low_precision(autocast, bidirectional):
-    """Long enough for several of the 256 MiB chunks of the persistent backward."""
+    """Long enough for several of the 224 MiB chunks of the persistent backward."""
     arguments = make_inputs((16, 1201, 512), "sligru-affine-h0", bidirectional)
     arguments["activation"] = "tanh"
     upstream = upstream_for(arguments)
