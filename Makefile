@@ -8,7 +8,8 @@
 .DELETE_ON_ERROR:
 
 ifdef PYTHON
-RUN := PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
+RUN := $(PYTHON)
+export PYTHONPATH := .$(PYTHONPATH:%=:%)
 STAMPS := build
 BUILD := $(PYTHON) setup.py --quiet build_ext --inplace
 else
@@ -72,12 +73,24 @@ test-gpu: $(BUILT)
 	@echo "== Tests that need a GPU"
 	$(RUN) -m pytest -m gpu
 
-# initcheck has to see torch's kernels too: they fill the inputs of ours.
-sanitize: $(BUILT)
+# Results must be the same under racecheck, which slows some warps down: see bench_step.cu.
+SANITIZER := compute-sanitizer --error-exitcode 1 --tool
+STEP_ARCH := $(firstword $(subst ;, ,$(subst .,,$(TORCH_CUDA_ARCH_LIST))))
+sanitize: $(BUILT) build/bench_step
 	@echo "== Every kernel under compute-sanitizer (some minutes)"
-	compute-sanitizer --error-exitcode 1 --tool memcheck -k kns=sb_fast_sligru $(RUN) tests/sanitize.py
-	compute-sanitizer --error-exitcode 1 --tool initcheck $(RUN) tests/sanitize.py
-	compute-sanitizer --error-exitcode 1 --tool racecheck -k kns=sb_fast_sligru $(RUN) tests/sanitize.py
+	$(SANITIZER) memcheck --kernel-name kns=sb_fast_sligru \
+		$(RUN) -m pytest -m gpu tests/test_ops.py -k same_input_same_bits
+	$(SANITIZER) memcheck build/bench_step small
+	$(SANITIZER) initcheck build/bench_step small
+	build/bench_step small > build/small.txt
+	$(SANITIZER) racecheck --log-file build/racecheck.txt build/bench_step small \
+		> build/small-racecheck.txt
+	diff build/small.txt build/small-racecheck.txt
+
+build/bench_step: benchmarks/bench_step.cu $(CPP)
+	@mkdir -p build
+	nvcc -O3 -std=c++20 -gencode=arch=compute_$(STEP_ARCH),code=sm_$(STEP_ARCH) -Icuda_ops -o $@ \
+		$< $(wildcard cuda_ops/persistent*.cu)
 
 # The library uses torch's stable ABI, so a file built with torch 2.11 must work with torch 2.13.
 test-stable-abi: $(BUILT) .venv-torch213/.installed
@@ -87,7 +100,7 @@ test-stable-abi: $(BUILT) .venv-torch213/.installed
 lint: $(INSTALLED)
 	@echo "== Style"
 	$(RUN) -m ruff check .
-	clang-format --dry-run --Werror $(CPP)
+	clang-format --dry-run --Werror $(CPP) benchmarks/bench_step.cu
 
 build: $(BUILT)
 

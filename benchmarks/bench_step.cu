@@ -4,12 +4,19 @@
 //   nvcc -O3 -std=c++20 -gencode=arch=compute_90a,code=sm_90a -Icuda_ops -o bench_step
 //        benchmarks/bench_step.cu cuda_ops/persistent*.cu
 //   ./bench_step
+//
+// `./bench_step small [H]` launches every kernel (of that H) once on small inputs and prints a
+// checksum of what it computed: for compute-sanitizer, under which it must be the same (`make
+// sanitize`). racecheck slows some warps down by far, and so shows races between the blocks of a
+// cluster, which it does not see itself. Without torch, since the tools do not see all stores of
+// cuBLAS, and racecheck ends at some of its kernels; its products are random numbers here.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "persistent.h"
@@ -79,14 +86,15 @@ struct Case {
 
 size_t bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
-// Median of 7 launches, after one that is not counted.
+// Median of `launches`, after one that is not counted if there are several.
 template <class Launch>
-double microseconds(const Launch& launch) {
+double microseconds(int launches, const Launch& launch) {
   cudaEvent_t start, stop;
   check(cudaEventCreate(&start));
   check(cudaEventCreate(&stop));
   std::vector<float> times;
-  for (int i = 0; i < 8; i++) {
+  if (launches > 1) check(launch());
+  for (int i = 0; i < launches; i++) {
     spin<<<1, 1>>>(200000);
     check(cudaEventRecord(start));
     check(launch());
@@ -94,7 +102,7 @@ double microseconds(const Launch& launch) {
     check(cudaEventSynchronize(stop));
     float milliseconds = 0;
     check(cudaEventElapsedTime(&milliseconds, start, stop));
-    if (i > 0) times.push_back(1e3f * milliseconds);
+    times.push_back(1e3f * milliseconds);
   }
   cudaEventDestroy(start);
   cudaEventDestroy(stop);
@@ -102,7 +110,16 @@ double microseconds(const Launch& launch) {
   return times[times.size() / 2];
 }
 
-void run(const Case& c) {
+// FNV-1a over the bytes of device memory.
+uint64_t checksum(const void* data, size_t count, uint64_t sum) {
+  std::vector<uint8_t> values(count);
+  check(cudaMemcpy(values.data(), data, count, cudaMemcpyDeviceToHost));
+  for (const uint8_t value : values) sum = (sum ^ value) * 0x100000001B3ull;
+  return sum;
+}
+
+void run(const Case& c, bool small) {
+  const int launches = small ? 1 : 7;
   Arena arena;
   const auto random = [&](DType type, size_t count, float scale) {
     void* data = arena.take(bytes(type) * count);
@@ -150,65 +167,106 @@ void run(const Case& c) {
   backward.m2 = c.layer_norm ? arena.floats(row_steps) : nullptr;
   backward.dr = arena.take(size * row_steps * 2 * hidden);
 
-  const auto step = [](int steps, const auto& launch) { return microseconds(launch) / steps; };
+  const auto step = [=](int steps, const auto& launch) {
+    return microseconds(launches, launch) / steps;
+  };
   const double times[5] = {step(c.steps, [&] { return run_forward(forward, nullptr); }),
                            step(c.chunk, [&] { return gather_h_previous(backward, nullptr); }),
                            step(c.chunk, [&] { return prepare_backward(backward, nullptr); }),
                            step(c.chunk, [&] { return run_backward(backward, nullptr); }),
                            step(c.chunk, [&] { return finish_backward(backward, nullptr); })};
+  if (small) {
+    const size_t row_bytes = c.layer_norm ? 4 * row_steps : 0;  // of rho and m2
+    uint64_t sum =
+        checksum(forward.h, bytes(c.sequences) * row_steps * hidden, 0xCBF29CE484222325ull);
+    sum = checksum(forward.rho, row_bytes, sum), sum = checksum(backward.m2, row_bytes, sum);
+    sum = checksum(backward.dwx, bytes(c.sequences) * tokens * 2 * hidden, sum);
+    sum = checksum(backward.carry, 4 * rows * hidden, sum);
+    sum = checksum(backward.dr, size * row_steps * 2 * hidden, sum);
+    std::printf("%-26s %4zu rows, H = %4d: %016llx\n", c.name, rows, c.hidden,
+                static_cast<unsigned long long>(sum));
+    return;
+  }
   std::printf("%-26s %4zu %5d %5d %5d  %7.3f %7.3f  %7.3f %7.3f %7.3f\n", c.name, rows, c.hidden,
               c.steps, c.chunk, times[0], times[3], times[1], times[2], times[4]);
 }
 
+const std::vector<Case> kTimed = {
+    {"SLi-GRU bfloat16", 16, 1, 1000, 512, 250},
+    {"SLi-GRU bfloat16", 16, 1, 4000, 512, 1000},
+    {"SLi-GRU float16", 16, 1, 4000, 512, 1000, true, DType::kFloat16, DType::kFloat16},
+    {"bfloat16, float wx and h", 16, 1, 4000, 512, 1000, true, DType::kBFloat16, DType::kFloat32},
+    {"SLi-GRU bfloat16, tanh", 16, 1, 4000, 512, 1000, true, DType::kBFloat16, DType::kBFloat16,
+     Activation::kTanh},
+    {"Li-GRU bfloat16", 16, 1, 4000, 512, 1000, false},
+    {"SLi-GRU bfloat16", 28, 2, 1000, 512, 250},
+    {"SLi-GRU bfloat16", 24, 2, 400, 1024, 100},
+    {"SLi-GRU bfloat16", 24, 2, 1600, 1024, 400},
+    {"SLi-GRU float16", 24, 2, 1600, 1024, 400, true, DType::kFloat16, DType::kFloat16},
+    {"bfloat16, float wx and h", 24, 2, 1600, 1024, 400, true, DType::kBFloat16, DType::kFloat32},
+    {"Li-GRU bfloat16", 24, 2, 1600, 1024, 400, false},
+    {"SLi-GRU bfloat16", 28, 2, 400, 1024, 100},
+    {"SLi-GRU bfloat16", 60, 2, 400, 1024, 100},
+    {"SLi-GRU bfloat16", 120, 2, 400, 1024, 100},
+    {"SLi-GRU float16", 120, 2, 400, 1024, 100, true, DType::kFloat16, DType::kFloat16},
+    {"bfloat16, float wx and h", 120, 2, 400, 1024, 100, true, DType::kBFloat16, DType::kFloat32},
+    {"Li-GRU bfloat16", 120, 2, 400, 1024, 100, false},
+    {"SLi-GRU bfloat16", 140, 2, 400, 1024, 100},
+    {"SLi-GRU bfloat16", 240, 2, 200, 1024, 50},
+    {"SLi-GRU bfloat16", 16, 1, 4000, 256, 1000},
+    {"SLi-GRU bfloat16", 60, 1, 4000, 256, 1000},
+    {"SLi-GRU bfloat16", 16, 1, 4000, 128, 1000},
+    {"SLi-GRU float32", 16, 1, 1000, 512, 500, true, DType::kFloat32, DType::kFloat32},
+    {"SLi-GRU float32", 16, 1, 4000, 512, 500, true, DType::kFloat32, DType::kFloat32},
+    {"SLi-GRU float32, tanh", 16, 1, 4000, 512, 500, true, DType::kFloat32, DType::kFloat32,
+     Activation::kTanh},
+    {"Li-GRU float32", 16, 1, 4000, 512, 500, false, DType::kFloat32, DType::kFloat32},
+    {"SLi-GRU float32", 28, 1, 1000, 512, 500, true, DType::kFloat32, DType::kFloat32},
+    {"SLi-GRU float32", 28, 2, 1000, 512, 500, true, DType::kFloat32, DType::kFloat32},
+    {"SLi-GRU float32", 16, 1, 4000, 256, 500, true, DType::kFloat32, DType::kFloat32},
+    {"SLi-GRU float32", 16, 1, 4000, 128, 500, true, DType::kFloat32, DType::kFloat32},
+    {"SLi-GRU float32", 24, 2, 400, 1024, 100, true, DType::kFloat32, DType::kFloat32},
+    {"SLi-GRU float32", 24, 2, 1600, 1024, 100, true, DType::kFloat32, DType::kFloat32},
+    {"Li-GRU float32", 24, 2, 1600, 1024, 100, false, DType::kFloat32, DType::kFloat32},
+    {"SLi-GRU float32", 120, 2, 400, 1024, 50, true, DType::kFloat32, DType::kFloat32}};
+
+// Every kernel in both cells, the last cluster partly filled.
+std::vector<Case> small_cases() {
+  struct Type {
+    const char* sligru;
+    const char* ligru;
+    DType type;
+  };
+  std::vector<Case> cases;
+  for (const auto& [sligru, ligru, type] :
+       {Type{"SLi-GRU bfloat16", "Li-GRU bfloat16", DType::kBFloat16},
+        Type{"SLi-GRU float16", "Li-GRU float16", DType::kFloat16},
+        Type{"SLi-GRU float32", "Li-GRU float32", DType::kFloat32}})
+    for (const bool layer_norm : {true, false}) {
+      const char* name = layer_norm ? sligru : ligru;
+      for (const int hidden : {72, 200, 512})
+        cases.push_back({name, 5, 1, 5, hidden, 5, layer_norm, type, type});
+      cases.push_back({name, 9, 1, 5, 1024, 5, layer_norm, type, type});
+      if (type != DType::kFloat32)
+        cases.push_back({name, 86, 2, 5, 1016, 5, layer_norm, type, type});
+    }
+  return cases;
+}
+
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "small") == 0) {
+    const int only_hidden = argc > 2 ? std::atoi(argv[2]) : 0;
+    for (const Case& c : small_cases())
+      if (only_hidden == 0 || c.hidden == only_hidden) run(c, true);
+    return 0;
+  }
   cudaDeviceProp device = {};
   check(cudaGetDeviceProperties(&device, 0));
   std::printf("%s; us a step, launch included\n", device.name);
   std::printf("%-26s %4s %5s %5s %5s  %7s %7s  %7s %7s %7s\n", "", "rows", "H", "T", "chunk",
               "forward", "backward", "gather", "prepare", "finish");
-  for (const Case& c : std::vector<Case>{
-           {"SLi-GRU bfloat16", 16, 1, 1000, 512, 250},
-           {"SLi-GRU bfloat16", 16, 1, 4000, 512, 1000},
-           {"SLi-GRU float16", 16, 1, 4000, 512, 1000, true, DType::kFloat16, DType::kFloat16},
-           {"bfloat16, float wx and h", 16, 1, 4000, 512, 1000, true, DType::kBFloat16,
-            DType::kFloat32},
-           {"SLi-GRU bfloat16, tanh", 16, 1, 4000, 512, 1000, true, DType::kBFloat16,
-            DType::kBFloat16, Activation::kTanh},
-           {"Li-GRU bfloat16", 16, 1, 4000, 512, 1000, false},
-           {"SLi-GRU bfloat16", 28, 2, 1000, 512, 250},
-           {"SLi-GRU bfloat16", 24, 2, 400, 1024, 100},
-           {"SLi-GRU bfloat16", 24, 2, 1600, 1024, 400},
-           {"SLi-GRU float16", 24, 2, 1600, 1024, 400, true, DType::kFloat16, DType::kFloat16},
-           {"bfloat16, float wx and h", 24, 2, 1600, 1024, 400, true, DType::kBFloat16,
-            DType::kFloat32},
-           {"Li-GRU bfloat16", 24, 2, 1600, 1024, 400, false},
-           {"SLi-GRU bfloat16", 28, 2, 400, 1024, 100},
-           {"SLi-GRU bfloat16", 60, 2, 400, 1024, 100},
-           {"SLi-GRU bfloat16", 120, 2, 400, 1024, 100},
-           {"SLi-GRU float16", 120, 2, 400, 1024, 100, true, DType::kFloat16, DType::kFloat16},
-           {"bfloat16, float wx and h", 120, 2, 400, 1024, 100, true, DType::kBFloat16,
-            DType::kFloat32},
-           {"Li-GRU bfloat16", 120, 2, 400, 1024, 100, false},
-           {"SLi-GRU bfloat16", 140, 2, 400, 1024, 100},
-           {"SLi-GRU bfloat16", 240, 2, 200, 1024, 50},
-           {"SLi-GRU bfloat16", 16, 1, 4000, 256, 1000},
-           {"SLi-GRU bfloat16", 60, 1, 4000, 256, 1000},
-           {"SLi-GRU bfloat16", 16, 1, 4000, 128, 1000},
-           {"SLi-GRU float32", 16, 1, 1000, 512, 500, true, DType::kFloat32, DType::kFloat32},
-           {"SLi-GRU float32", 16, 1, 4000, 512, 500, true, DType::kFloat32, DType::kFloat32},
-           {"SLi-GRU float32, tanh", 16, 1, 4000, 512, 500, true, DType::kFloat32, DType::kFloat32,
-            Activation::kTanh},
-           {"Li-GRU float32", 16, 1, 4000, 512, 500, false, DType::kFloat32, DType::kFloat32},
-           {"SLi-GRU float32", 28, 1, 1000, 512, 500, true, DType::kFloat32, DType::kFloat32},
-           {"SLi-GRU float32", 28, 2, 1000, 512, 500, true, DType::kFloat32, DType::kFloat32},
-           {"SLi-GRU float32", 16, 1, 4000, 256, 500, true, DType::kFloat32, DType::kFloat32},
-           {"SLi-GRU float32", 16, 1, 4000, 128, 500, true, DType::kFloat32, DType::kFloat32},
-           {"SLi-GRU float32", 24, 2, 400, 1024, 100, true, DType::kFloat32, DType::kFloat32},
-           {"SLi-GRU float32", 24, 2, 1600, 1024, 100, true, DType::kFloat32, DType::kFloat32},
-           {"Li-GRU float32", 24, 2, 1600, 1024, 100, false, DType::kFloat32, DType::kFloat32},
-           {"SLi-GRU float32", 120, 2, 400, 1024, 50, true, DType::kFloat32, DType::kFloat32}})
-    run(c);
+  for (const Case& c : kTimed) run(c, false);
   return 0;
 }

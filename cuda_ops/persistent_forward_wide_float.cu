@@ -215,8 +215,6 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       const uint4& b = operand[batch / 2 % 2];
       weights.multiply_batch(sums[m], sums[m + 1], low_sums[m], low_sums[m + 1], batch,
                              make_uint2(b.x, b.z), make_uint2(b.y, b.w));
-      // The last group has arrived: all warps of the block are past the gates of the step before.
-      if (batch == kBatches - 2 * kGroupSlots) fetch(t + 1);
       weights.request(batch + Place::kAhead);
     }
 #pragma unroll
@@ -258,8 +256,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       }
     }
 
-    // In the shadow of hop 1: this step's wx, copied before batch kAhead, and the store of the step
-    // before.
+    // In the shadow of hop 1: the copy of the next step's wx, which belongs to the first request of
+    // that step and so is there before its product ends; this step's; the store of the step before.
+    fetch(t + 1);
     float wx_a[2], wx_z[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {

@@ -285,8 +285,10 @@ def test_error_is_no_larger_than_speechbrains(cell, dtype, autocast, bidirection
     """Root mean square over a few networks, for each tensor.
 
     The factor of two is for the scatter of so few samples, whose errors have heavy tails, and for
-    running_var, rounded twice where SpeechBrain's is once.
+    running_var, rounded twice where SpeechBrain's is once. On a GPU float32 may take three: the
+    persistent kernels multiply pairs of float16, which hold 22 of its 24 bits.
     """
+    factor = 3 if (device, dtype) == ("cuda", torch.float32) else 2
     arguments = {"num_layers": 2, "bidirectional": bidirectional, "nonlinearity": "tanh"}
     sums = {}
     for seed in range(NETWORKS):
@@ -297,7 +299,7 @@ def test_error_is_no_larger_than_speechbrains(cell, dtype, autocast, bidirection
     for name, total in sums.items():
         theirs, ours = ((value / NETWORKS) ** 0.5 for value in total)
         print(f"{name:30} SpeechBrain {theirs:.1e}  ours {ours:.1e}")
-        assert ours <= 2 * theirs, f"{name}: {ours:.1e}, SpeechBrain's {theirs:.1e}"
+        assert ours <= factor * theirs, f"{name}: {ours:.1e}, SpeechBrain's {theirs:.1e}"
 
 
 # State -----------------------------------------------------------------------------------------
