@@ -7,14 +7,27 @@
 #include <atomic>
 #include <cstdint>
 
+#include "persistent.h"
+
 namespace sb_fast_sligru {
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// More than half of the shared memory of a multiprocessor. A launch whose clusters can all have
-// their multiprocessors to themselves asks for it, since otherwise two blocks may be put on one
-// although others are idle, and each then takes 1.17 times as long (H200, November 2026).
-constexpr int kAloneBytes = 120 * 1024;
+// An answer above 0 that depends on the device: asked once for each.
+class DeviceAnswers {
+ public:
+  template <class Ask>
+  int get(const Ask& ask) {
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return ask();
+    if (answers_[device] == 0) answers_[device] = ask();
+    return answers_[device];
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<int> answers_[kDevices] = {};  // 0: not asked yet
+};
 
 // A kernel that runs in clusters of `cluster` blocks.
 template <class Params>
@@ -25,11 +38,11 @@ struct ClusterKernel {
   int dynamic_bytes = 0;  // shared memory beyond what the kernel declares
 
   // Clusters that run at once on the current device with `bytes` of dynamic shared memory; 0 if it
-  // has no clusters of this size.
+  // has no clusters of this size, or not as much memory.
   int resident(int bytes) const {
     int clusters = 0;
     Launch launch(*this, 1, bytes, nullptr);
-    if (prepare() != cudaSuccess ||
+    if (cluster > largest_cluster() || prepare() != cudaSuccess ||
         cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) {
       cudaGetLastError();  // the answer is 0, not an error
       return 0;
@@ -41,13 +54,8 @@ struct ClusterKernel {
   // How many clusters may have their multiprocessors to themselves. The same for all kernels of a
   // cluster size, since one block fits a multiprocessor; remembered per device.
   int alone() const {
-    constexpr int kDevices = 64, kLargestCluster = 16;
-    static std::atomic<int> remembered[kDevices][kLargestCluster + 1];  // plus 1; 0: not asked yet
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
-    std::atomic<int>& entry = remembered[device][cluster];
-    if (entry == 0) entry = resident(largest_bytes()) + 1;
-    return entry - 1;
+    static DeviceAnswers answers[kLargestCluster + 1];
+    return answers[cluster].get([&] { return resident(largest_bytes()) + 1; }) - 1;
   }
 
   cudaError_t run(int64_t clusters, const Params& params, cudaStream_t stream) const {
@@ -76,7 +84,19 @@ struct ClusterKernel {
     Launch& operator=(const Launch&) = delete;
   };
 
-  int largest_bytes() const { return std::max(dynamic_bytes, kAloneBytes); }
+  // With half of what the device offers to a block, on top of its static shared memory and what
+  // the system takes, a block fills more than half of a multiprocessor. A launch whose clusters can
+  // all have their multiprocessors to themselves asks for it, since otherwise two blocks may be put
+  // on one although others are idle, and each then takes 1.17 times as long (H200, November 2026).
+  int largest_bytes() const {
+    static DeviceAnswers answers;
+    return std::max(dynamic_bytes, answers.get([] {
+      int device = 0, bytes = 0;
+      cudaGetDevice(&device);
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      return bytes / 2;
+    }));
+  }
 
   cudaError_t prepare() const {
     const cudaError_t error =

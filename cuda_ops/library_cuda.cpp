@@ -3,6 +3,7 @@
 //
 // persistent_obstacle  why the persistent backend cannot take a layer of this size on this device,
 //                      or "" if it can
+#include <cstdlib>
 #include <map>
 #include <mutex>
 
@@ -220,6 +221,9 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
 // Null if the persistent kernels take the layer, else why not. The driver is asked once a device
 // and size, not in every call.
 const char* obstacle(int64_t hidden, ScalarType operand_type, int64_t device_index) {
+  STD_TORCH_CHECK(largest_cluster() > 0, "SB_FAST_SLIGRU_MAX_CLUSTER: got \"",
+                  std::getenv("SB_FAST_SLIGRU_MAX_CLUSTER"), "\", expected a number from 1 to ",
+                  kLargestCluster);
   static std::mutex mutex;
   static std::map<std::tuple<int64_t, ScalarType, int64_t>, const char*> answers;
   const std::lock_guard<std::mutex> lock(mutex);

@@ -23,12 +23,13 @@ namespace sb_fast_sligru {
 // A block owns 32 units, 8 a warp; a cluster serves 4 rows. The 8 columns of an m16n8k16 product
 // hold every row twice (column n is row n / 2), so that every lane of the accumulator owns one
 // valid value. Why 4 rows: the exchange, bound by bytes and messages into a block, is most of a
-// step.
+// step. In 16-bit types there are blocks of two such parts, 64 units, too: see cluster_of_512().
 constexpr int kRows = 4;
 constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
 constexpr int kBlockUnits = 8 * kWarps;
-constexpr int kRingSteps = 4;  // time steps of input in flight
+template <int kUnits>
+constexpr int kThreads = 32 * (kUnits / 8);  // of a block of so many units
+constexpr int kRingSteps = 4;                // time steps of input in flight
 
 // Ka, Kz, 1 - z and, with the norm, q and V: what the backward recurrence reads a unit and step.
 template <bool kLayerNorm>
@@ -255,6 +256,10 @@ __device__ __forceinline__ float fast_activation_gradient(Activation activation,
 }
 
 // ---- geometry ----
+// Blocks of the clusters that serve 256 < H <= 512 in 16-bit types on the current device: 16 of
+// kBlockUnits units or, where it has no such clusters, 8 of twice as many.
+int cluster_of_512();
+
 struct Row {
   int index;      // row of the state, h0, drop_mask, rho
   int batch;      // batch entry

@@ -71,6 +71,12 @@ struct PersistentPlan {
   int resident_clusters;  // clusters that run at once
 };
 
+// Blocks of the largest cluster that the kernels may use: kLargestCluster unless the environment
+// variable SB_FAST_SLIGRU_MAX_CLUSTER asks for fewer; 0 if its value is not a number from 1 to
+// that. Read once.
+constexpr int kLargestCluster = 16;
+int largest_cluster();
+
 // Units that a cluster holds: 128, 256, 512 or 1024; 0 if `hidden` is larger.
 int padded_hidden(int64_t hidden);
 // Values a unit and step that run_backward reads: Ka, Kz, 1 - z and, with layer_norm, q and V.

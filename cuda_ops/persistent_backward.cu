@@ -10,12 +10,12 @@
 // Li-GRU: carry = d z + U^T dwx. (Derived from the cell in persistent_forward.cu: the gradient of
 // an RMS norm is rho (dx - xh mean(dx xh)), and mean(dx xh) = m2.)
 //
-// The sequential kernel is a reduce-scatter. Block k of a cluster owns the 64 rows 32k..32k+31
-// (candidate and gate) of Uc and of dwx. Its dwx never leaves it: it multiplies them by its rows of
-// Uc for the units of all blocks and sends each block its partial carries, float32, which that
-// block sums. m2 travels beside them, under its own mbarrier. Both use two buffers in turn (see
-// exchange.cuh): a block writes step k + 1's only after it has all of step k's, which every block
-// sends after a __syncthreads that follows its last read of step k - 1's.
+// The sequential kernel is a reduce-scatter. Block k of a cluster owns the candidate and gate rows
+// of its 32 or 64 units (as in the forward kernel) of Uc and of dwx. Its dwx never leaves it: it
+// multiplies them by its rows of Uc for the units of all blocks and sends each block its partial
+// carries, float32, which that block sums. m2 travels beside them, under its own mbarrier. Both use
+// two buffers in turn (see exchange.cuh): a block writes step k + 1's only after it has all of step
+// k's, which every block sends after a __syncthreads that follows its last read of step k - 1's.
 #include "cluster_launch.cuh"
 #include "persistent_float.cuh"
 #include "persistent_many.cuh"
@@ -23,15 +23,19 @@
 namespace sb_fast_sligru {
 namespace {
 
-template <class T, int kCluster, bool kLayerNorm>
-__global__ void __launch_bounds__(kThreads, 2)
+template <class T, int kCluster, int kUnits, bool kLayerNorm>
+__global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
     backward_kernel(const __grid_constant__ PersistentBackward p) {
 #if SB_FAST_SLIGRU_HAS_CLUSTERS
-  constexpr int kHidden = kCluster * kBlockUnits;  // padded
+  // A part of a block: as many units as the outputs that a product's lanes send, one piece each.
+  constexpr int kBlockWarps = kUnits / 8, kBlockParts = kUnits / kBlockUnits;
+  constexpr int kHidden = kCluster * kUnits;  // padded
   constexpr int kStreams = kCoefficientStreams<kLayerNorm>;
-  constexpr int kTargets = kCluster / kWarps;  // blocks that one warp serves
+  constexpr int kTargetBlocks = kCluster / kBlockWarps;  // blocks that one warp serves
+  constexpr int kTargets = kTargetBlocks * kBlockParts;  // and their parts
   constexpr int kPieceBytes = 4 * sizeof(float);
-  constexpr int kSenderBytes = 32 * kPieceBytes;  // [lane][4 units of one row]
+  constexpr int kPartBytes = 32 * kPieceBytes;  // [lane][4 units of one row]
+  constexpr int kSenderBytes = kBlockParts * kPartBytes;
   constexpr uint32_t kCarryTraffic = kCluster * kSenderBytes;
   constexpr uint32_t kM2Traffic = kCluster * kRows * sizeof(float);
   constexpr int kStreamBytes = kRows * 16;              // [row][8 units]
@@ -41,10 +45,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   static_assert(kRingBytes % 16 == 0);
 
   __shared__ alignas(128) uint8_t partial[2][kCluster][kSenderBytes];
-  __shared__ alignas(16) uint16_t operand[2][kWarps][kRows][4][4];  // dwx: [warp][row][c][a a z z]
+  __shared__ alignas(16) uint16_t operand[2][kBlockWarps][kRows][4][4];  // dwx: [..][c][a a z z]
   __shared__ alignas(16) float m2_sums[2][kCluster][kRows];
-  __shared__ alignas(16) float m2_terms[2][kRows][kBlockUnits];
-  __shared__ alignas(16) uint8_t ring[kRingSteps][kWarps][kRingBytes];
+  __shared__ alignas(16) float m2_terms[2][kBlockParts][kRows][kBlockUnits];
+  __shared__ alignas(16) uint8_t ring[kRingSteps][kBlockWarps][kRingBytes];
   __shared__ alignas(8) uint64_t barriers[4];
 
   const Recurrence& layer = p.layer;
@@ -53,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const uint32_t rank = cluster_rank();
   const int row0 = static_cast<int>(blockIdx.x / kCluster) * kRows;
-  const int unit0 = static_cast<int>(rank) * kBlockUnits + warp * 8;
+  const int unit0 = static_cast<int>(rank) * kUnits + warp * 8;
   const int local_row = g / 2, local_unit = 2 * c + g % 2;  // what this lane computes
   const int unit = unit0 + local_unit;
   const bool in_range = unit0 < hidden_size;
@@ -62,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint32_t m2_barrier = shared_address(&barriers[2]);
   if (threadIdx.x < 4) mbarrier::init(shared_address(&barriers[threadIdx.x]));
   mbarrier::fence_init();
-  for (int i = threadIdx.x; i < static_cast<int>(sizeof(ring)) / 4; i += kThreads)
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(ring)) / 4; i += kThreads<kUnits>)
     reinterpret_cast<uint32_t*>(ring)[i] = 0;  // stays so where grad_h has no such unit
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -72,10 +76,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
 
-  // Uc^T with gamma folded in. For target block i the lane's outputs are its units 4g..4g+3 (two
-  // 16-row tiles, rows g and g + 8 of each); k-tile k holds the 8 candidate and 8 gate rows of warp
-  // k.
-  const auto target_rank = [&](int i) { return warp * kTargets + ((i + rank) & (kTargets - 1)); };
+  // Uc^T with gamma folded in. For target i, a part of a block, the lane's outputs are its units
+  // 4g..4g+3 (two 16-row tiles, rows g and g + 8 of each); k-tile k holds the 8 candidate and 8
+  // gate rows of warp k.
+  const auto target_rank = [&](int block) {
+    return warp * kTargetBlocks + ((block + rank) & (kTargetBlocks - 1));
+  };
   const auto load_weights = [&](int output, int column, float (&u)[4]) {  // 4 columns of one row
     const uint2 bits = *reinterpret_cast<const uint2*>(static_cast<const T*>(p.u) +
                                                        int64_t{output} * hidden_size + column);
@@ -85,15 +91,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     u[2] = OperandTraits<T>::to_float(static_cast<uint16_t>(bits.y)) * gamma;
     u[3] = OperandTraits<T>::to_float(static_cast<uint16_t>(bits.y >> 16)) * gamma;
   };
-  uint32_t weights[kTargets][2][kWarps][4];
-  uint32_t target[kTargets];
+  uint32_t weights[kTargets][2][kBlockWarps][4];
+  uint32_t target[kTargetBlocks];
 #pragma unroll
   for (int i = 0; i < kTargets; i++) {
-    const uint32_t to = target_rank(i);
-    const int column = static_cast<int>(to) * kBlockUnits + 4 * g;
+    uint32_t to = target_rank(i / kBlockParts);
+    // Or the addresses of all rows are kept for the next part: more than there are registers.
+    if constexpr (kBlockParts > 1) pin(to);
+    const int column = static_cast<int>(to) * kUnits + i % kBlockParts * kBlockUnits + 4 * g;
 #pragma unroll
-    for (int k = 0; k < kWarps; k++) {
-      const int row = static_cast<int>(rank) * kBlockUnits + 8 * k + 2 * c;
+    for (int k = 0; k < kBlockWarps; k++) {
+      const int row = static_cast<int>(rank) * kUnits + 8 * k + 2 * c;
 #pragma unroll
       for (int gate = 0; gate < 2; gate++) {
         float even[4] = {}, odd[4] = {};
@@ -106,12 +114,13 @@ __global__ void __launch_bounds__(kThreads, 2)
           weights[i][j / 2][k][2 * gate + j % 2] = OperandTraits<T>::pack(even[j], odd[j]);
       }
     }
-    target[i] = remote_address(shared_address(&partial[0][rank][lane * kPieceBytes]), to);
+    target[i / kBlockParts] =
+        remote_address(shared_address(&partial[0][rank][lane * kPieceBytes]), to);
   }
   // From a target to the mbarrier of its block: distances within a block's shared memory are the
   // same.
   const uint32_t to_barrier = carry_barrier - shared_address(&partial[0][rank][lane * kPieceBytes]);
-  const uint32_t m2_rank = warp * kTargets + (lane / kRows) % kTargets;
+  const uint32_t m2_rank = warp * kTargetBlocks + (lane / kRows) % kTargetBlocks;
   const uint32_t m2_target =
       remote_address(shared_address(&m2_sums[0][rank][lane % kRows]), m2_rank);
   const uint32_t m2_target_barrier = remote_address(m2_barrier, m2_rank);
@@ -190,8 +199,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const uint32_t operand_store = shared_address(&operand[0][warp][local_row][c][g % 2]);
   const uint32_t operand_load = shared_address(&operand[0][0][local_row][c][0]);
-  const uint32_t term_store = shared_address(&m2_terms[0][local_row][warp * 8 + local_unit]);
-  const uint32_t term_load = shared_address(&m2_terms[0][0][0]) + lane * 16;
+  const int part = kBlockParts == 1 ? 0 : warp / kWarps;
+  const uint32_t term_store =
+      shared_address(&m2_terms[0][part][local_row][(warp - kWarps * part) * 8 + local_unit]);
+  const uint32_t term_load = shared_address(&m2_terms[0][0][0][0]) + lane * 16;
   const uint32_t m2_load = shared_address(&m2_sums[0][c][local_row]);
   // Partial carry of this lane's row and unit: piece (unit / 4) * 4 + row of every sender.
   const int block_unit = warp * 8 + local_unit;
@@ -219,13 +230,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
 
     float sums[kTargets][2][4] = {};
-    uint2 dwx[kWarps];
+    uint2 dwx[kBlockWarps];
 #pragma unroll
-    for (int i = 0; i < kWarps; i++)
+    for (int i = 0; i < kBlockWarps; i++)
       dwx[i] = load_uint2(operand_load + buffer * sizeof(operand[0]) + i * sizeof(operand[0][0]));
     const auto product = [&](int from, int to, int k_from, int k_to) {
 #pragma unroll
-      for (int i = 0; i < kWarps; i++)
+      for (int i = 0; i < kBlockWarps; i++)
 #pragma unroll
         for (int j = 0; j < kTargets; j++)
 #pragma unroll
@@ -237,22 +248,28 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int i = 0; i < kTargets; i++)
         if (from <= i && i < to)
-          send(target[i] + buffer * kCarryTraffic, target[i] + to_barrier + buffer * 8,
-               __float_as_uint(sums[i][0][0]), __float_as_uint(sums[i][0][2]),
-               __float_as_uint(sums[i][1][0]), __float_as_uint(sums[i][1][2]));
+          send(target[i / kBlockParts] + buffer * kCarryTraffic + i % kBlockParts * kPartBytes,
+               target[i / kBlockParts] + to_barrier + buffer * 8, __float_as_uint(sums[i][0][0]),
+               __float_as_uint(sums[i][0][2]), __float_as_uint(sums[i][1][0]),
+               __float_as_uint(sums[i][1][2]));
     };
-    // The first half of the blocks is served while the second half is multiplied.
-    product(0, kTargets / 2, 0, kWarps);
-    product(kTargets / 2, kTargets, 0, kWarps / 2);
+    // The first half of the targets is served while the second half is multiplied.
+    product(0, kTargets / 2, 0, kBlockWarps);
+    product(kTargets / 2, kTargets, 0, kBlockWarps / 2);
     send_carry(0, kTargets / 2);
-    product(kTargets / 2, kTargets, kWarps / 2, kWarps);
+    product(kTargets / 2, kTargets, kBlockWarps / 2, kBlockWarps);
     if constexpr (kLayerNorm) {  // in the shadow of the product; every warp serves its own blocks
-      const float4 terms = load_float4(term_load + buffer * sizeof(m2_terms[0]));
-      float sum = (terms.x + terms.y) + (terms.z + terms.w);
+      const uint32_t from = term_load + buffer * sizeof(m2_terms[0]);
+      const auto part_sum = [&](int i) {
+        const float4 terms = load_float4(from + i * sizeof(m2_terms[0][0]));
+        return (terms.x + terms.y) + (terms.z + terms.w);
+      };
+      float sum = part_sum(0);
+      if constexpr (kBlockParts == 2) sum += part_sum(1);
 #pragma unroll
       for (int offset = 1; offset < 8; offset *= 2) sum = add_lane_xor(sum, offset);
       sum = __shfl_sync(0xffffffffu, sum, lane % kRows * 8);
-      if (lane < kTargets * kRows)
+      if (lane < kTargetBlocks * kRows)
         send(m2_target + buffer * kM2Traffic, m2_target_barrier + buffer * 8, __float_as_uint(sum));
     }
     send_carry(kTargets / 2, kTargets);
@@ -293,12 +310,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-template <class T, int kCluster>
+template <class T, int kCluster, int kUnits, bool kLayerNorm>
+constexpr ClusterKernel<PersistentBackward> kKernel = {
+    backward_kernel<T, kCluster, kUnits, kLayerNorm>, kCluster, kThreads<kUnits>};
+
+template <class T, int kCluster, int kUnits = kBlockUnits>
 cudaError_t launch_backward(const PersistentBackward& p, cudaStream_t stream) {
-  const auto kernel =
-      p.layer.layer_norm ? backward_kernel<T, kCluster, true> : backward_kernel<T, kCluster, false>;
-  return ClusterKernel<PersistentBackward>{kernel, kCluster, kThreads}.run(
-      ceil_div(p.layer.rows(), kRows), p, stream);
+  const int64_t clusters = ceil_div(p.layer.rows(), kRows);
+  return p.layer.layer_norm ? kKernel<T, kCluster, kUnits, true>.run(clusters, p, stream)
+                            : kKernel<T, kCluster, kUnits, false>.run(clusters, p, stream);
 }
 
 template <class T>
@@ -309,7 +329,8 @@ cudaError_t launch_backward(const PersistentBackward& p, cudaStream_t stream) {
     case 256:
       return launch_backward<T, 8>(p, stream);
     case 512:
-      return launch_backward<T, 16>(p, stream);
+      return cluster_of_512() == 16 ? launch_backward<T, 16>(p, stream)
+                                    : launch_backward<T, 8, 2 * kBlockUnits>(p, stream);
     case kWideHidden: {
       const int rows = many_rows(p.layer.rows(), kBackwardTimes);
       return rows > 0 ? run_backward_many(p, rows, stream) : run_backward_wide(p, stream);

@@ -6,14 +6,18 @@
 // (Moumen and Parcollet 2023, arXiv 2302.10144; Uc = U minus its column means, so that LayerNorm is
 // this RMS norm. Li-GRU, Ravanelli et al. 2018, arXiv 1803.10225: a, s = wx_t + U h_{t-1}.)
 //
-// Block k of a cluster owns units 32k..32k+31, warp w of it units 8w..8w+7 of those: one 16-row
-// tile of Uc (row g: candidate, row g + 8: gate of unit g), all of K, in registers for the whole
-// sequence. One step:
+// Block k of a cluster owns 32 units from 32k on, or 64 from 64k on, warp w of it units 8w..8w+7 of
+// those: one 16-row tile of Uc (row g: candidate, row g + 8: gate of unit g), all of K, in
+// registers for the whole sequence. One step:
 //   wait for h -> product -> r^2 over lanes, warps -> send to all blocks     (hop 1, SLi-GRU only)
 //   -> sum over blocks -> rho, gates -> h, in float32 in its lane -> send its 16-bit form  (hop 2)
 // Buffers (see exchange.cuh): SLi-GRU needs one of each, since hop 1 proves that the reads of h are
 // over and hop 2 that the reads of the statistics are; Li-GRU has hop 2 alone and alternates two
 // buffers.
+#include <charconv>
+#include <cstdlib>
+#include <cstring>
+
 #include "cluster_launch.cuh"
 #include "persistent_float.cuh"
 #include "persistent_many.cuh"
@@ -21,26 +25,29 @@
 namespace sb_fast_sligru {
 namespace {
 
-template <class T, int kCluster, bool kLayerNorm>
-__global__ void __launch_bounds__(kThreads, 2)
+template <class T, int kCluster, int kUnits, bool kLayerNorm>
+__global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
     forward_kernel(const __grid_constant__ PersistentForward p) {
 #if SB_FAST_SLIGRU_HAS_CLUSTERS
   constexpr int kBuffers = kLayerNorm ? 1 : 2;
   constexpr int kGroups =
       2;  // h arrives under two mbarriers, so that the product starts on the first
+  constexpr int kBlockWarps = kUnits / 8, kBlockParts = kUnits / kBlockUnits;
   constexpr int kGroupSlots = kCluster / kGroups;
   constexpr int kSectionBytes = kRows * 8 * 2;  // 8 units of one warp: [row][8 units]
-  constexpr int kSlotBytes = kWarps * kSectionBytes;
+  constexpr int kSlotBytes = kBlockWarps * kSectionBytes;
   constexpr int kHiddenBytes = kCluster * kSlotBytes;
   constexpr uint32_t kGroupTraffic = kGroupSlots * kSlotBytes;
   constexpr uint32_t kStatisticsTraffic = kCluster * kRows * sizeof(float);
-  constexpr int kWarpTargets = kCluster / kWarps;  // blocks to which one warp sends statistics
-  constexpr int kRingBytes = kRows * 2 * 8 * 4;    // wx of one warp and step: [row][a, z][8 units]
+  constexpr int kWarpTargets = kCluster / kBlockWarps;  // blocks to which a warp sends statistics
+  // A part of a block: as many units as the four lanes of a column multiply, 16 bytes each.
+  constexpr int kPartBytes = kSlotBytes / kBlockParts, kParts = kCluster * kBlockParts;
+  constexpr int kRingBytes = kRows * 2 * 8 * 4;  // wx of one warp and step: [row][a, z][8 units]
 
   __shared__ alignas(128) uint8_t hidden[kBuffers][kHiddenBytes];
   __shared__ alignas(16) float statistics[kCluster][kRows];
-  __shared__ alignas(16) float warp_sums[2][kWarps][kRows];  // two in turn: one barrier a step
-  __shared__ alignas(16) uint8_t ring[kRingSteps][kWarps][kRingBytes];
+  __shared__ alignas(16) float warp_sums[2][kBlockWarps][kRows];  // two in turn: one barrier a step
+  __shared__ alignas(16) uint8_t ring[kRingSteps][kBlockWarps][kRingBytes];
   __shared__ alignas(8) uint64_t barriers[kBuffers * kGroups + 1];
 
   const Recurrence& layer = p.layer;
@@ -52,8 +59,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const uint32_t rank = cluster_rank();
   const int row0 = static_cast<int>(blockIdx.x / kCluster) * kRows;
-  const int unit0 = static_cast<int>(rank) * kBlockUnits + warp * 8;  // first unit of the warp
-  const int unit = unit0 + g;                                         // this lane's unit, for row c
+  const int unit0 = static_cast<int>(rank) * kUnits + warp * 8;  // first unit of the warp
+  const int unit = unit0 + g;                                    // this lane's unit, for row c
   const bool in_range = unit0 < hidden_size;
 
   const uint32_t hidden_barrier = shared_address(&barriers[0]);
@@ -71,31 +78,31 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   // Slot o of `hidden` belongs to block rank ^ o: senders and receivers use the same slot, and
   // every block starts with its own. Within a 16-byte row of a section lie 8 units; rows are
-  // permuted so that the four sections of a slot are read without bank conflicts.
+  // permuted so that the four sections of a part are read without bank conflicts.
   const auto section_row = [](int row, int section) {
     return section * kSectionBytes + (row ^ (section >> 1)) * 16;
   };
-  for (int i = threadIdx.x; i < kHiddenBytes / 4; i += kThreads) {
+  for (int i = threadIdx.x; i < kHiddenBytes / 4; i += kThreads<kUnits>) {
     const int row = i / (kHiddenBytes / 4 / kRows), pair = i % (kHiddenBytes / 4 / kRows);
-    const int k = 2 * pair, slot = k / kBlockUnits, section = k % kBlockUnits / 8;
-    const int column = (rank ^ slot) * kBlockUnits + k % kBlockUnits;
+    const int k = 2 * pair, part = k / kBlockUnits, section = k % kBlockUnits / 8;
+    const int column = (rank ^ (k / kUnits)) * kUnits + k % kUnits;
     float2 value = make_float2(0.f, 0.f);
     if (h0 != nullptr && column < hidden_size)
       value = *reinterpret_cast<const float2*>(
           h0 + int64_t{locate_row(layer, row0 + row).index} * hidden_size + column);
     *reinterpret_cast<uint32_t*>(
-        &hidden[0][slot * kSlotBytes + section_row(row, section) + k % 8 * 2]) =
+        &hidden[0][part * kPartBytes + section_row(row, section) + k % 8 * 2]) =
         OperandTraits<T>::pack(value.x, value.y);
   }
-  for (int i = threadIdx.x; i < static_cast<int>(sizeof(ring)) / 4; i += kThreads)
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(ring)) / 4; i += kThreads<kUnits>)
     reinterpret_cast<uint32_t*>(ring)[i] = 0;  // stays so where units are padding
 
-  // Lane c multiplies units 8c..8c+7 of every slot: the order of k is free as long as both operands
+  // Lane c multiplies units 8c..8c+7 of every part: the order of k is free as long as both operands
   // agree.
-  uint32_t weights[kCluster][2][4];
+  uint32_t weights[kParts][2][4];
 #pragma unroll
-  for (int o = 0; o < kCluster; o++) {
-    const int column = (rank ^ o) * kBlockUnits + 8 * c;
+  for (int o = 0; o < kParts; o++) {
+    const int column = (rank ^ (o / kBlockParts)) * kUnits + o % kBlockParts * kBlockUnits + 8 * c;
     uint4 candidate = make_uint4(0, 0, 0, 0), gate = candidate;
     if (in_range && column < hidden_size) {
       const T* u = static_cast<const T*>(p.u) + int64_t{unit} * hidden_size + column;
@@ -123,11 +130,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   // After transpose() lane (g, c) holds units 2c, 2c + 1 of column g, row g / 2; its twin lane (g ^
   // 1, c) holds the same and serves the other half of the blocks.
   uint32_t target[kCluster / 2], target_barrier[kCluster / 2];
+  const int part = kBlockParts == 1 ? 0 : warp / kWarps;  // of the own slot
 #pragma unroll
   for (int i = 0; i < kCluster / 2; i++) {
     const uint32_t slot = 2 * i + (g & 1);
     target[i] = remote_address(
-        shared_address(&hidden[0][slot * kSlotBytes + section_row(g >> 1, warp) + c * 4]),
+        shared_address(&hidden[0][slot * kSlotBytes + part * kPartBytes +
+                                  section_row(g >> 1, warp - kWarps * part) + c * 4]),
         rank ^ slot);
     target_barrier[i] = remote_address(hidden_barrier + 8 * (slot / kGroupSlots), rank ^ slot);
   }
@@ -185,15 +194,16 @@ __global__ void __launch_bounds__(kThreads, 2)
       const uint32_t barrier = hidden_barrier + 8 * (buffer * kGroups + n);
       mbarrier::wait(barrier, parity);
       if (threadIdx.x == 0) mbarrier::expect(barrier, kGroupTraffic);
-      uint4 operand[kGroupSlots];
+      constexpr int kGroupParts = kParts / kGroups;
+      uint4 operand[kGroupParts];
 #pragma unroll
-      for (int i = 0; i < kGroupSlots; i++)
+      for (int i = 0; i < kGroupParts; i++)
         load_uint4_if(operand[i],
-                      hidden_address + buffer * kHiddenBytes + (n * kGroupSlots + i) * kSlotBytes,
+                      hidden_address + buffer * kHiddenBytes + (n * kGroupParts + i) * kPartBytes,
                       reads_hidden);
 #pragma unroll
-      for (int i = 0; i < kGroupSlots; i++) {
-        const int o = n * kGroupSlots + i;
+      for (int i = 0; i < kGroupParts; i++) {
+        const int o = n * kGroupParts + i;
         multiply<T>(sums[2 * o % 4], weights[o][0], operand[i].x, operand[i].y);
         multiply<T>(sums[(2 * o + 1) % 4], weights[o][1], operand[i].z, operand[i].w);
       }
@@ -211,8 +221,12 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (lane < kWarpTargets * kRows) {
         constexpr int kStride = sizeof(warp_sums[0][0]);
         const uint32_t from = sum_load + turn;
-        const float sum = (load_float(from) + load_float(from + kStride)) +
-                          (load_float(from + 2 * kStride) + load_float(from + 3 * kStride));
+        const auto sum_of_4 = [&](uint32_t from) {
+          return (load_float(from) + load_float(from + kStride)) +
+                 (load_float(from + 2 * kStride) + load_float(from + 3 * kStride));
+        };
+        float sum = sum_of_4(from);
+        if constexpr (kBlockWarps == 8) sum += sum_of_4(from + 4 * kStride);
         send(sum_target, sum_barrier, __float_as_uint(sum));
       }
     }
@@ -269,12 +283,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-template <class T, int kCluster>
+template <class T, int kCluster, int kUnits, bool kLayerNorm>
+constexpr ClusterKernel<PersistentForward> kKernel = {
+    forward_kernel<T, kCluster, kUnits, kLayerNorm>, kCluster, kThreads<kUnits>};
+
+template <class T, int kCluster, int kUnits = kBlockUnits>
 cudaError_t launch_forward(const PersistentForward& p, cudaStream_t stream) {
-  const auto kernel =
-      p.layer.layer_norm ? forward_kernel<T, kCluster, true> : forward_kernel<T, kCluster, false>;
-  return ClusterKernel<PersistentForward>{kernel, kCluster, kThreads}.run(
-      ceil_div(p.layer.rows(), kRows), p, stream);
+  const int64_t clusters = ceil_div(p.layer.rows(), kRows);
+  return p.layer.layer_norm ? kKernel<T, kCluster, kUnits, true>.run(clusters, p, stream)
+                            : kKernel<T, kCluster, kUnits, false>.run(clusters, p, stream);
 }
 
 template <class T>
@@ -285,7 +302,8 @@ cudaError_t launch_forward(const PersistentForward& p, cudaStream_t stream) {
     case 256:
       return launch_forward<T, 8>(p, stream);
     case 512:
-      return launch_forward<T, 16>(p, stream);
+      return cluster_of_512() == 16 ? launch_forward<T, 16>(p, stream)
+                                    : launch_forward<T, 8, 2 * kBlockUnits>(p, stream);
     case kWideHidden: {
       const int rows = many_rows(p.layer.rows(), kForwardTimes);
       return rows > 0 ? run_forward_many(p, rows, stream) : run_forward_wide(p, stream);
@@ -295,19 +313,39 @@ cudaError_t launch_forward(const PersistentForward& p, cudaStream_t stream) {
   }
 }
 
-template <int kCluster>
+template <int kCluster, int kUnits = kBlockUnits>
 int resident_clusters() {
-  return ClusterKernel<PersistentForward>{forward_kernel<__nv_bfloat16, kCluster, true>, kCluster,
-                                          kThreads}
-      .resident();
+  return kKernel<__nv_bfloat16, kCluster, kUnits, true>.resident();
+}
+
+int resident_clusters_of_512() {
+  return cluster_of_512() == 16 ? resident_clusters<16>() : resident_clusters<8, 2 * kBlockUnits>();
 }
 
 }  // namespace
+
+int largest_cluster() {
+  static const int answer = [] {
+    const char* text = std::getenv("SB_FAST_SLIGRU_MAX_CLUSTER");
+    if (text == nullptr) return kLargestCluster;
+    const char* end = text + std::strlen(text);
+    int value = 0;
+    const auto [rest, error] = std::from_chars(text, end, value);
+    const bool valid = error == std::errc() && rest == end && value <= kLargestCluster;
+    return valid && value > 0 ? value : 0;
+  }();
+  return answer;
+}
 
 int padded_hidden(int64_t hidden) {
   for (const int padded : {128, 256, 512, kWideHidden})
     if (hidden <= padded) return padded;
   return 0;
+}
+
+int cluster_of_512() {
+  static DeviceAnswers answers;
+  return answers.get([] { return resident_clusters<16>() > 0 ? 16 : 8; });
 }
 
 PersistentPlan persistent_plan(int64_t hidden, DType operand_type) {
@@ -323,10 +361,13 @@ PersistentPlan persistent_plan(int64_t hidden, DType operand_type) {
     plan.resident_clusters = operand_type == DType::kFloat32 ? resident_clusters_float(padded)
                              : padded == 128                 ? resident_clusters<4>()
                              : padded == 256                 ? resident_clusters<8>()
-                             : padded == 512                 ? resident_clusters<16>()
+                             : padded == 512                 ? resident_clusters_of_512()
                                                              : resident_clusters_wide();
     if (plan.resident_clusters == 0)
-      plan.reason = "the GPU does not run thread-block clusters of the size needed";
+      plan.reason =
+          "the GPU, or SB_FAST_SLIGRU_MAX_CLUSTER, does not allow thread-block clusters of the "
+          "size "
+          "needed";
   }
   return plan;
 }

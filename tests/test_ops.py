@@ -3,6 +3,9 @@
 import contextlib
 import itertools
 import math
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -823,6 +826,53 @@ def test_choice_on_a_gpu():
         assert name == "stepwise" and reason in why
         with backend("persistent"), pytest.raises(RuntimeError, match="persistent.*is forced, but"):
             ops.choose_backend("cuda", hidden, dtype)
+
+
+def run_limited(limit, *arguments):
+    """Python in a process of its own, which may use clusters of at most `limit` blocks."""
+    environment = os.environ | {"SB_FAST_SLIGRU_MAX_CLUSTER": limit}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+SHOW_CHOICES = """
+import torch
+from sb_fast_sligru import ops
+for dtype in (torch.bfloat16, torch.half, torch.float32):
+    print(*ops.choose_backend("cuda", 512, dtype))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("limit, persistent", [("16", 3), ("8", 2), ("4", 0)])
+def test_choice_without_large_clusters(limit, persistent):
+    """At H = 512, 16-bit types need clusters of 8 blocks and float32 of 16."""
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("this GPU has no clusters")
+    process = run_limited(limit, "-c", SHOW_CHOICES)
+    choices = process.stdout.splitlines()
+    assert len(choices) == 3, process.stderr
+    assert choices[:persistent] == ["persistent the fastest"] * persistent
+    for choice in choices[persistent:]:
+        assert choice.startswith("stepwise not persistent: the GPU, or SB_FAST_SLIGRU_MAX_CLUSTER")
+
+
+@pytest.mark.gpu
+def test_layers_without_clusters_of_16():
+    """The tests of 256 < H <= 512 in 16-bit types hold for clusters of 8 too."""
+    where = "persistent and (H264 or H512) and (bfloat16 or float16)"
+    process = run_limited(
+        "8", "-m", "pytest", "-q", "-k", f"around_those_of_clusters and {where}", __file__
+    )
+    assert process.returncode == 0, process.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("limit", ["", "x", "0", "17", "8 "])
+def test_bad_largest_cluster_is_named(limit):
+    process = run_limited(limit, "-c", SHOW_CHOICES)
+    message = f'SB_FAST_SLIGRU_MAX_CLUSTER: got "{limit}", expected a number from 1 to 16'
+    assert process.returncode != 0 and message in process.stderr
 
 
 @pytest.mark.gpu
