@@ -6,8 +6,13 @@
 // sleeps in wait().
 //
 // Memory order
-// - Data before flag. The landing of an st.async is a release at cluster scope on its mbarrier, and
-//   wait() acquires at cluster scope. So whoever returns from wait() sees every byte of the round.
+// - Data before flag. The landing of a message is a release on the mbarrier, and wait() acquires.
+// So
+//   whoever returns from wait() sees every byte of the round. wait() acquires at the scope of the
+//   block, as NVIDIA's own libraries do for data that other blocks send: what is read then lies in
+//   the block's own shared memory, of which there are no copies. At the scope of the cluster, which
+//   the letter of the memory model asks for, it would invalidate the L1 cache every time, and with
+//   it slow the copies of wx and other streams down (benchmarks/README.md).
 // - Re-use of a buffer. A buffer is never written while a block may still read it, because each
 //   round is sent only after a later round has been received in full from every block of the
 //   cluster, and every block sends that later round after its last read of the buffer: its warps
@@ -78,7 +83,7 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}" ::"r"(barrier),
       "r"(parity)
