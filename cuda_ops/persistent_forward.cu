@@ -231,10 +231,11 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
       }
     }
 
-    // In the shadow of hop 1: this step's wx, and the copy for a later one.
-    fetch(t + kRingSteps - 1);
-    copy_async_wait<kRingSteps - 1>();
+    // In the shadow of hop 1: this step's wx, and the copy for a later one, whose place in the ring
+    // the warp has read in the step before.
+    copy_async_wait<kRingSteps - 2>();
     __syncwarp();
+    fetch(t + kRingSteps - 1);
     const uint32_t wx_now = wx_address + t % kRingSteps * sizeof(ring[0]);
     float wx_a, wx_z;
     if (wx_float) {
