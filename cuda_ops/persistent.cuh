@@ -23,7 +23,7 @@ namespace sb_fast_sligru {
 // A block owns 32 units, 8 a warp; a cluster serves 4 rows. The 8 columns of an m16n8k16 product
 // hold every row twice (column n is row n / 2), so that every lane of the accumulator owns one
 // valid value. Why 4 rows: the exchange, bound by bytes and messages into a block, is most of a
-// step. In 16-bit types there are blocks of two such parts, 64 units, too: see cluster_of_512().
+// step. In 16-bit types there are blocks of two such parts, 64 units, too: see launch_forward().
 constexpr int kRows = 4;
 constexpr int kWarps = 4;
 constexpr int kBlockUnits = 8 * kWarps;
@@ -256,10 +256,6 @@ __device__ __forceinline__ float fast_activation_gradient(Activation activation,
 }
 
 // ---- geometry ----
-// Blocks of the clusters that serve 256 < H <= 512 in 16-bit types on the current device: 16 of
-// kBlockUnits units or, where it has no such clusters, 8 of twice as many.
-int cluster_of_512();
-
 struct Row {
   int index;      // row of the state, h0, drop_mask, rho
   int batch;      // batch entry

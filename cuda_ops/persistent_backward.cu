@@ -328,9 +328,10 @@ cudaError_t launch_backward(const PersistentBackward& p, cudaStream_t stream) {
       return launch_backward<T, 4>(p, stream);
     case 256:
       return launch_backward<T, 8>(p, stream);
-    case 512:
-      return cluster_of_512() == 16 ? launch_backward<T, 16>(p, stream)
-                                    : launch_backward<T, 8, 2 * kBlockUnits>(p, stream);
+    case 512:  // as in launch_forward
+      return p.layer.rows() <= kRows * kKernel<T, 16, kBlockUnits, true>.alone()
+                 ? launch_backward<T, 16>(p, stream)
+                 : launch_backward<T, 8, 2 * kBlockUnits>(p, stream);
     case kWideHidden: {
       const int rows = many_rows(p.layer.rows(), kBackwardTimes);
       return rows > 0 ? run_backward_many(p, rows, stream) : run_backward_wide(p, stream);

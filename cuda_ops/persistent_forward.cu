@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
     forward_kernel(const __grid_constant__ PersistentForward p) {
 #if SB_FAST_SLIGRU_HAS_CLUSTERS
   constexpr int kBuffers = kLayerNorm ? 1 : 2;
-  constexpr int kGroups =
-      2;  // h arrives under two mbarriers, so that the product starts on the first
+  // h arrives under so many mbarriers, so that the product starts on the first.
+  constexpr int kGroups = kUnits == kBlockUnits ? 2 : 4;
   constexpr int kBlockWarps = kUnits / 8, kBlockParts = kUnits / kBlockUnits;
   constexpr int kGroupSlots = kCluster / kGroups;
   constexpr int kSectionBytes = kRows * 8 * 2;  // 8 units of one warp: [row][8 units]
@@ -302,9 +302,10 @@ cudaError_t launch_forward(const PersistentForward& p, cudaStream_t stream) {
       return launch_forward<T, 4>(p, stream);
     case 256:
       return launch_forward<T, 8>(p, stream);
-    case 512:
-      return cluster_of_512() == 16 ? launch_forward<T, 16>(p, stream)
-                                    : launch_forward<T, 8, 2 * kBlockUnits>(p, stream);
+    case 512:  // in clusters of 16 as long as none has to share multiprocessors with another
+      return p.layer.rows() <= kRows * kKernel<T, 16, kBlockUnits, true>.alone()
+                 ? launch_forward<T, 16>(p, stream)
+                 : launch_forward<T, 8, 2 * kBlockUnits>(p, stream);
     case kWideHidden: {
       const int rows = many_rows(p.layer.rows(), kForwardTimes);
       return rows > 0 ? run_forward_many(p, rows, stream) : run_forward_wide(p, stream);
@@ -317,10 +318,6 @@ cudaError_t launch_forward(const PersistentForward& p, cudaStream_t stream) {
 template <int kCluster, int kUnits = kBlockUnits>
 int resident_clusters() {
   return kKernel<__nv_bfloat16, kCluster, kUnits, true>.resident();
-}
-
-int resident_clusters_of_512() {
-  return cluster_of_512() == 16 ? resident_clusters<16>() : resident_clusters<8, 2 * kBlockUnits>();
 }
 
 }  // namespace
@@ -344,11 +341,6 @@ int padded_hidden(int64_t hidden) {
   return 0;
 }
 
-int cluster_of_512() {
-  static DeviceAnswers answers;
-  return answers.get([] { return resident_clusters<16>() > 0 ? 16 : 8; });
-}
-
 PersistentPlan persistent_plan(int64_t hidden, DType operand_type) {
   const int padded = padded_hidden(hidden);
   PersistentPlan plan = {nullptr, padded == kWideHidden ? kWideRows : kRows, 0};
@@ -362,8 +354,8 @@ PersistentPlan persistent_plan(int64_t hidden, DType operand_type) {
     plan.resident_clusters = operand_type == DType::kFloat32 ? resident_clusters_float(padded)
                              : padded == 128                 ? resident_clusters<4>()
                              : padded == 256                 ? resident_clusters<8>()
-                             : padded == 512                 ? resident_clusters_of_512()
-                                                             : resident_clusters_wide();
+                             : padded == 512 ? resident_clusters<8, 2 * kBlockUnits>()
+                                             : resident_clusters_wide();
     if (plan.resident_clusters == 0)
       plan.reason =
           "the GPU, or SB_FAST_SLIGRU_MAX_CLUSTER, does not allow thread-block clusters of the "

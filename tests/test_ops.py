@@ -205,6 +205,7 @@ CLUSTER_SHAPES = [
     (3, 7, 24),
     (5, 2, 136),
     (1, 31, 256),
+    (13, 4, 456),
     (70, 5, 512),
     (130, 3, 264),
     (9, 3, 520),
@@ -859,8 +860,8 @@ def test_choice_without_large_clusters(limit, persistent):
 
 @pytest.mark.gpu
 def test_layers_without_clusters_of_16():
-    """The tests of 256 < H <= 512 in 16-bit types hold for clusters of 8 too."""
-    where = "persistent and (H264 or H512) and (bfloat16 or float16)"
+    """Few rows at 256 < H <= 512 in 16-bit types, which take clusters of 16 where there are any."""
+    where = "persistent and (H456 or H512) and (bfloat16 or float16)"
     process = run_limited(
         "8", "-m", "pytest", "-q", "-k", f"around_those_of_clusters and {where}", __file__
     )
