@@ -23,6 +23,20 @@
 namespace sb_fast_sligru {
 namespace {
 
+// The sum of a block's terms of m2, of row lane % kRows. From term_load, which depends on the lane.
+template <int kParts>
+__device__ __forceinline__ float block_sum(uint32_t term_load, int lane) {
+  const auto part_sum = [&](int i) {
+    const float4 terms = load_float4(term_load + i * 32 * sizeof(float4));
+    return (terms.x + terms.y) + (terms.z + terms.w);
+  };
+  float sum = part_sum(0);
+  if constexpr (kParts == 2) sum += part_sum(1);
+#pragma unroll
+  for (int offset = 1; offset < 8; offset *= 2) sum = add_lane_xor(sum, offset);
+  return __shfl_sync(0xffffffffu, sum, lane % kRows * 8);
+}
+
 template <class T, int kCluster, int kUnits, bool kLayerNorm>
 __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
     backward_kernel(const __grid_constant__ PersistentBackward p) {
@@ -33,6 +47,7 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
   constexpr int kStreams = kCoefficientStreams<kLayerNorm>;
   constexpr int kTargetBlocks = kCluster / kBlockWarps;  // blocks that one warp serves
   constexpr int kTargets = kTargetBlocks * kBlockParts;  // and their parts
+  constexpr int kM2Targets = kCluster / kWarps;          // blocks to which a warp sends m2
   constexpr int kPieceBytes = 4 * sizeof(float);
   constexpr int kPartBytes = 32 * kPieceBytes;  // [lane][4 units of one row]
   constexpr int kSenderBytes = kBlockParts * kPartBytes;
@@ -120,7 +135,8 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
   // From a target to the mbarrier of its block: distances within a block's shared memory are the
   // same.
   const uint32_t to_barrier = carry_barrier - shared_address(&partial[0][rank][lane * kPieceBytes]);
-  const uint32_t m2_rank = warp * kTargetBlocks + (lane / kRows) % kTargetBlocks;
+  const int part = kBlockParts == 1 ? 0 : warp / kWarps;
+  const uint32_t m2_rank = (warp - kWarps * part) * kM2Targets + (lane / kRows) % kM2Targets;
   const uint32_t m2_target =
       remote_address(shared_address(&m2_sums[0][rank][lane % kRows]), m2_rank);
   const uint32_t m2_target_barrier = remote_address(m2_barrier, m2_rank);
@@ -199,7 +215,6 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
 
   const uint32_t operand_store = shared_address(&operand[0][warp][local_row][c][g % 2]);
   const uint32_t operand_load = shared_address(&operand[0][0][local_row][c][0]);
-  const int part = kBlockParts == 1 ? 0 : warp / kWarps;
   const uint32_t term_store =
       shared_address(&m2_terms[0][part][local_row][(warp - kWarps * part) * 8 + local_unit]);
   const uint32_t term_load = shared_address(&m2_terms[0][0][0][0]) + lane * 16;
@@ -253,25 +268,20 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
                __float_as_uint(sums[i][0][2]), __float_as_uint(sums[i][1][0]),
                __float_as_uint(sums[i][1][2]));
     };
+    const auto send_m2 = [&] {
+      const float sum = block_sum<kBlockParts>(term_load + buffer * sizeof(m2_terms[0]), lane);
+      if (lane < kM2Targets * kRows)
+        send(m2_target + buffer * kM2Traffic, m2_target_barrier + buffer * 8, __float_as_uint(sum));
+    };
+    // m2 is summed in the shadow of the product: when all of it is on its way or, where two warps
+    // share a tensor core, by one of them while the other multiplies.
+    if (kLayerNorm && kBlockParts > 1 && part > 0) send_m2();
     // The first half of the targets is served while the second half is multiplied.
     product(0, kTargets / 2, 0, kBlockWarps);
     product(kTargets / 2, kTargets, 0, kBlockWarps / 2);
     send_carry(0, kTargets / 2);
     product(kTargets / 2, kTargets, kBlockWarps / 2, kBlockWarps);
-    if constexpr (kLayerNorm) {  // in the shadow of the product; every warp serves its own blocks
-      const uint32_t from = term_load + buffer * sizeof(m2_terms[0]);
-      const auto part_sum = [&](int i) {
-        const float4 terms = load_float4(from + i * sizeof(m2_terms[0][0]));
-        return (terms.x + terms.y) + (terms.z + terms.w);
-      };
-      float sum = part_sum(0);
-      if constexpr (kBlockParts == 2) sum += part_sum(1);
-#pragma unroll
-      for (int offset = 1; offset < 8; offset *= 2) sum = add_lane_xor(sum, offset);
-      sum = __shfl_sync(0xffffffffu, sum, lane % kRows * 8);
-      if (lane < kTargetBlocks * kRows)
-        send(m2_target + buffer * kM2Traffic, m2_target_barrier + buffer * 8, __float_as_uint(sum));
-    }
+    if constexpr (kLayerNorm && kBlockParts == 1) send_m2();
     send_carry(kTargets / 2, kTargets);
     if (stored) {
       uint16_t* output =
