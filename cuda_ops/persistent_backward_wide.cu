@@ -22,6 +22,7 @@ constexpr uint32_t kM2Traffic = kWideCluster * kWideRows * sizeof(float);
 constexpr int kOperandStride =
     kWideRows * 32 + 32;                    // bytes of a warp's dwx, against bank conflicts
 constexpr int kLineBytes = kWideUnits * 2;  // one row of one 16-bit stream
+constexpr int kScratchBytes = kItemFragments / 2 * kFragmentBytes;  // half an item of U
 
 template <bool kLayerNorm>
 struct Shared {
@@ -34,6 +35,7 @@ struct Shared {
   float m2_sums[2][kWideCluster][kWideRows];
   float m2_terms[2][kWideWarps][32];  // [warp][lane]
   uint64_t barriers[4];
+  alignas(16) uint8_t scratch[kWideWarps][kScratchBytes];  // of the prologue
 };
 
 template <class T, bool kLayerNorm>
@@ -76,16 +78,40 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   // Uc^T with gamma folded in. Item i: half i % 2 of the units of block first_target ^ (i / 2); the
   // lane's outputs are units 4g..4g+3 of that half (two 16-row tiles, rows g and g + 8 of each);
   // k-tile k holds the 8 candidate and 8 gate rows of warp k. Half an item at a time goes through
-  // the warp's share of `partial`: from global memory in whole lines, out of there transposed.
+  // `partial` or, in turn, `scratch`: from global memory in whole lines, while the half before it
+  // is read transposed.
   const uint32_t first_target = 2 * warp + (rank & 1);
   uint32_t weights[Split::kInRegisters][4];
   uint32_t fragment_address = shared_address(&shared.fragments[0][warp][lane * 16]);
   constexpr int kHalfItem = kItemFragments / 2;
   constexpr int kHalfTiles = kHalfItem / 2, kHalfRows = 8 * kHalfTiles;  // k-tiles; rows of a gate
   constexpr int kRowBytes = 32 * sizeof(T);
-  const uint32_t scratch =
-      shared_address(&shared.partial[0][0][0]) + warp * 2 * kHalfRows * kRowBytes;
-  static_assert(sizeof(shared.partial) == kWideWarps * 2 * kHalfRows * kRowBytes);
+  static_assert(2 * kHalfRows * kRowBytes == kScratchBytes);
+  static_assert(sizeof(shared.partial) == sizeof(shared.scratch));
+  const auto scratch_address = [&](int half) {
+    return shared_address(half % 2 ? &shared.scratch[0][0] : &shared.partial[0][0][0]) +
+           warp * kScratchBytes;
+  };
+  const auto fetch_u = [&](int half) {
+    const uint32_t scratch = scratch_address(half);
+    const int item = half / 2, half_row0 = half % 2 * kHalfRows;
+    const int column0 = static_cast<int>(first_target ^ (item / 2)) * kWideUnits + item % 2 * 32;
+    if (half < 2 * kItems) {
+#pragma unroll 1
+      for (int i = 0; i < kScratchBytes / kFragmentBytes; i++) {
+        const int piece = i * 32 + lane, line = piece / 4, column = column0 + piece % 4 * 8;
+        const int row = block_unit0 + half_row0 + line % kHalfRows;
+        const bool valid = row < hidden_size && column < hidden_size;
+        const int output = line / kHalfRows * hidden_size + row;
+        copy_async_16_or_zeros(
+            scratch + piece * 16,
+            static_cast<const T*>(p.u) + (valid ? int64_t{output} * hidden_size + column : 0),
+            valid);
+      }
+    }
+    copy_async_commit();
+  };
+  fetch_u(0);
   // gamma of the block's rows, in `operand` for now: [gate][row].
   auto* gamma = reinterpret_cast<float*>(&shared.operand[0][0][0]);
   for (int i = threadIdx.x; i < 2 * kWideUnits; i += kWideThreads) {
@@ -97,21 +123,11 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   __syncthreads();
 #pragma unroll
   for (int half = 0; half < 2 * kItems; half++) {
-    const int item = half / 2, half_row0 = half % 2 * kHalfRows;
-    const int column0 = static_cast<int>(first_target ^ (item / 2)) * kWideUnits + item % 2 * 32;
-    __syncwarp();
-#pragma unroll 1
-    for (int i = 0; i < 2 * kHalfRows * kRowBytes / kFragmentBytes; i++) {
-      const int piece = i * 32 + lane, line = piece / 4, column = column0 + piece % 4 * 8;
-      const int row = block_unit0 + half_row0 + line % kHalfRows;
-      const bool valid = row < hidden_size && column < hidden_size;
-      const int output = line / kHalfRows * hidden_size + row;
-      copy_async_16_or_zeros(
-          scratch + piece * 16,
-          static_cast<const T*>(p.u) + (valid ? int64_t{output} * hidden_size + column : 0), valid);
-    }
-    copy_async_commit();
-    copy_async_wait<0>();
+    const uint32_t scratch = scratch_address(half);
+    const int half_row0 = half % 2 * kHalfRows;
+    __syncwarp();  // the half before this one is read
+    fetch_u(half + 1);
+    copy_async_wait<1>();
     __syncwarp();
 #pragma unroll
     for (int k = 0; k < kHalfTiles; k++) {

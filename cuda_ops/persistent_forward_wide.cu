@@ -17,6 +17,7 @@ constexpr int kTiles = 4;   // tiles of a warp, warps of a group
 constexpr int kGroups = 4;  // mbarriers under which h arrives
 constexpr int kGroupSlots = kWideCluster / kGroups;
 constexpr int kBatchSlots = 2;                          // slots multiplied at a time
+constexpr int kEarlyTargets = 13;                       // blocks that get h before the next product
 constexpr int kSectionBytes = kWideRows * 8 * 2;        // 8 units of one warp: [row][8 units]
 constexpr int kSlotBytes = kWideWarps * kSectionBytes;  // what one block sends
 constexpr int kHiddenBytes = kWideCluster * kSlotBytes;
@@ -24,12 +25,14 @@ constexpr uint32_t kGroupTraffic = kGroupSlots * kSlotBytes;
 constexpr uint32_t kStatisticsTraffic = kWideCluster * kWideRows * sizeof(float);
 constexpr int kPartialBytes = 32 * 16;                      // a tile's partial sums of one warp
 constexpr int kRingBytes = kWideRows * 2 * kWideUnits * 4;  // wx of a block and step, at most
+constexpr int kLineBytes = kWideUnits * 2;                  // a row of U, units of one block
 
 constexpr int kStateStride = kWideUnits + 4;  // float; against bank conflicts
 
 template <bool kLayerNorm>
 struct Shared {
   static constexpr int kBuffers = kLayerNorm ? 1 : 2;
+  static constexpr int kStages = kLayerNorm ? 5 : 3;  // of U on its way; as many as find room
   alignas(1024) uint8_t hidden[kBuffers][kHiddenBytes];
   uint8_t fragments[kSharedFragments][kWideWarps][kFragmentBytes];
   uint8_t partial[kBuffers][kWideWarps][kTiles][kPartialBytes];  // [tile][sender in its group]
@@ -37,15 +40,17 @@ struct Shared {
   uint8_t ring[kRingSteps][kRingBytes];
   float statistics[kWideCluster][kWideRows];
   float warp_sums[2][kWideRows][kWideWarps];  // two in turn: one barrier a step
+  alignas(128) uint8_t stages[kStages][2 * kWideUnits * kLineBytes];  // [candidate, gate][row]
   uint64_t barriers[kBuffers * kGroups + 1];
 };
 
-template <class T, bool kLayerNorm>
+// kPlain: ReLU, wx and h of the operand type; the choice at run time takes 0.03 us a step.
+template <class T, bool kLayerNorm, bool kPlain>
 __global__ void __launch_bounds__(kWideThreads, 1)
     forward_wide_kernel(const __grid_constant__ PersistentForward p) {
 #if SB_FAST_SLIGRU_HAS_CLUSTERS
   using Split = FragmentSplit<kSharedFragments>;
-  constexpr int kBuffers = Shared<kLayerNorm>::kBuffers;
+  constexpr int kBuffers = Shared<kLayerNorm>::kBuffers, kStages = Shared<kLayerNorm>::kStages;
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<kLayerNorm>*>(shared_bytes);
 
@@ -96,25 +101,51 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     reinterpret_cast<uint32_t*>(shared.ring)[i] = 0;  // stays so where units are padding
 
   // Fragment 4o + m: slot o, tile quarter ^ m of the group, so that a warp's own tile is m = 0.
-  // Lane c multiplies units 4c..4c+3 of the quarter.
+  // Lane c multiplies units 4c..4c+3 of the quarter. U comes slot by slot, in whole lines, through
+  // `stages`, where the 16-byte pieces of a line are permuted by row against bank conflicts.
   uint32_t weights[Split::kInRegisters][4];
   uint32_t fragment_address = shared_address(&shared.fragments[0][warp][lane * 16]);
+  const auto stage_piece = [&](int o, int line, int piece) {
+    return shared_address(&shared.stages[o % kStages][line * kLineBytes]) +
+           (piece ^ (line % 4 * 2)) * 16;
+  };
+  const auto fetch_u = [&](int o) {
+    constexpr int kPieces = kLineBytes / 16;  // of a line
+    if (o < kWideCluster) {
 #pragma unroll
-  for (int f = 0; f < kWideFragments; f++) {
-    const int column = (rank ^ (f / kTiles)) * kWideUnits + 16 * quarter + 4 * c;
-    const int row = block_unit0 + (group * kTiles + (quarter ^ (f % kTiles))) * 8 + g;
-    uint2 candidate = make_uint2(0, 0), gate = candidate;
-    if (row < hidden_size && column < hidden_size) {
-      const T* u = static_cast<const T*>(p.u) + int64_t{row} * hidden_size + column;
-      candidate = *reinterpret_cast<const uint2*>(u);
-      gate = *reinterpret_cast<const uint2*>(u + int64_t{hidden_size} * hidden_size);
+      for (int i = 0; i < 2 * kWideUnits * kPieces / kWideThreads; i++) {
+        const int index = i * kWideThreads + threadIdx.x, piece = index % kPieces;
+        const int line = index / kPieces, row = block_unit0 + line % kWideUnits;
+        const int column = (rank ^ o) * kWideUnits + piece * 8;
+        const bool valid = row < hidden_size && column < hidden_size;
+        const int output = line / kWideUnits * hidden_size + row;
+        copy_async_16_or_zeros(
+            stage_piece(o, line, piece),
+            static_cast<const T*>(p.u) + (valid ? int64_t{output} * hidden_size + column : 0),
+            valid);
+      }
     }
-    if (Split::is_shared(f)) {
-      store_uint4(fragment_address + Split::shared_before(f) * sizeof(shared.fragments[0]),
-                  make_uint4(candidate.x, gate.x, candidate.y, gate.y));
-    } else {
-      uint32_t (&a)[4] = weights[Split::register_index(f)];
-      a[0] = candidate.x, a[1] = gate.x, a[2] = candidate.y, a[3] = gate.y;
+    copy_async_commit();
+  };
+#pragma unroll 1
+  for (int o = 0; o < kStages - 1; o++) fetch_u(o);
+#pragma unroll
+  for (int o = 0; o < kWideCluster; o++) {
+    copy_async_wait<kStages - 2>();
+    __syncthreads();
+    fetch_u(o + kStages - 1);
+#pragma unroll
+    for (int m = 0; m < kTiles; m++) {
+      const int f = o * kTiles + m, line = (group * kTiles + (quarter ^ m)) * 8 + g;
+      const uint32_t from = stage_piece(o, line, 2 * quarter + (c >> 1)) + (c & 1) * 8;
+      const uint2 candidate = load_uint2(from), gate = load_uint2(from + kWideUnits * kLineBytes);
+      if (Split::is_shared(f)) {
+        store_uint4(fragment_address + Split::shared_before(f) * sizeof(shared.fragments[0]),
+                    make_uint4(candidate.x, gate.x, candidate.y, gate.y));
+      } else {
+        uint32_t (&a)[4] = weights[Split::register_index(f)];
+        a[0] = candidate.x, a[1] = gate.x, a[2] = candidate.y, a[3] = gate.y;
+      }
     }
   }
 
@@ -152,7 +183,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   // wx in whole 128-byte lines: 8 neighbouring threads a line. In the ring: [row][a, z][8 units of
   // a warp], warps permuted by row against bank conflicts.
   const Sequence wx = wx_sequence(layer);
-  const int wx_bytes = wx.bytes(), pieces = wx_bytes / 2;  // pieces of 8 units
+  const bool wx_float = !kPlain && wx.is_float();
+  const int wx_bytes = wx_float ? 4 : 2, pieces = wx_bytes / 2;  // pieces of 8 units
   const int copy_section = threadIdx.x / pieces % kWideWarps;
   const int copy_half = threadIdx.x / pieces / kWideWarps % 2;
   const int copy_local_row = threadIdx.x / pieces / kWideWarps / 2;
@@ -187,7 +219,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   // stores row w, lane i units 2i and 2i + 1, in whole lines. 16-bit h is read from the block's own
   // slot, float h from `states`, two buffers in turn.
   const Sequence outputs = h_sequence(layer, p.h);
-  const bool wx_float = wx.is_float(), h_float = outputs.is_float();
+  const bool h_float = !kPlain && outputs.is_float();
   const Row output_row = locate_row(layer, row0 + warp);
   const bool stored = output_row.valid && block_unit0 + 2 * lane < hidden_size;
   char* output = const_cast<char*>(outputs.at(
@@ -216,12 +248,26 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   const int rho_step = rho_row.direction ? -1 : 1;
   float inverse_size = 1.f / static_cast<float>(2 * hidden_size);
   float eps = static_cast<float>(layer.eps);
-  const Activation activation = layer.activation;
+  const Activation activation = kPlain ? Activation::kRelu : layer.activation;
   pin(source_step), pin(output_step), pin(inverse_size), pin(eps);
   pin(hidden_load), pin(hidden_send), pin(sum_store), pin(sum_load), pin(statistics_load);
   pin(partial_store), pin(partial_load), pin(own_slot), pin(wx_address), pin(fragment_address);
   __syncthreads();
   cluster_barrier();
+
+  // Sends h to the blocks rank ^ from, ..., rank ^ (to - 1). No warp multiplies while its messages
+  // queue for the network, so the last of them follow after the products of the first group. Still
+  // a block has all of h only when every warp has sent to it: buffers are re-used as safely.
+  uint32_t words = 0;
+  const auto send_h = [&](uint32_t from, uint32_t to, uint32_t buffer) {
+    asm volatile("" : "+r"(rank));  // or the addresses below would be kept in registers, 32 of them
+#pragma unroll
+    for (uint32_t o = 0; o < kWideCluster; o++)
+      if (from <= o && o < to)
+        send(remote_address(hidden_send + buffer * kHiddenBytes + o * kSlotBytes, rank ^ o),
+             remote_address(hidden_barrier + 8 * (buffer * kGroups + o / kGroupSlots), rank ^ o),
+             words);
+  };
 
 #pragma unroll 1
   for (int t = 0; t < steps; t++) {
@@ -236,6 +282,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
         if (Split::is_shared(n * kBatch + i))
           staged[i] = load_uint4(fragment_address + Split::shared_before(n * kBatch + i) *
                                                         sizeof(shared.fragments[0]));
+      if (n * kBatchSlots == kGroupSlots && t > 0) send_h(kEarlyTargets, kWideCluster, buffer);
       if (n * kBatchSlots % kGroupSlots == 0) {
         const uint32_t barrier =
             hidden_barrier + 8 * (buffer * kGroups + n * kBatchSlots / kGroupSlots);
@@ -322,21 +369,23 @@ __global__ void __launch_bounds__(kWideThreads, 1)
         rho[i] = reciprocal_sqrt(fmaf(sum[i], inverse_size, eps));
       }
     }
+    float z[2], candidate[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const float z = sigmoid(fmaf(r_z[i], rho[i], wx_z[i]));
-      const float candidate = fast_activate(activation, fmaf(r_a[i], rho[i], wx_a[i])) * mask[i];
-      h[i] = next_hidden(h[i], z, candidate);
+      z[i] = sigmoid(fmaf(r_z[i], rho[i], wx_z[i]));
+      candidate[i] = fmaf(r_a[i], rho[i], wx_a[i]);
     }
-
-    const uint32_t words = transpose(OperandTraits<T>::pack(h[0], h[1]));
-    const uint32_t next = (t + 1) % kBuffers;
-    asm volatile("" : "+r"(rank));  // or the addresses below would be kept in registers, 32 of them
+    // One branch for both rows: between two, the second would wait for the first.
+    if (activation == Activation::kRelu) {
+      for (float& x : candidate) x = activate(Activation::kRelu, x);
+    } else {
+      for (float& x : candidate) x = fast_activate(activation, x);
+    }
 #pragma unroll
-    for (uint32_t o = 0; o < kWideCluster; o++)
-      send(remote_address(hidden_send + next * kHiddenBytes + o * kSlotBytes, rank ^ o),
-           remote_address(hidden_barrier + 8 * (next * kGroups + o / kGroupSlots), rank ^ o),
-           words);
+    for (int i = 0; i < 2; i++) h[i] = next_hidden(h[i], z[i], candidate[i] * mask[i]);
+
+    words = transpose(OperandTraits<T>::pack(h[0], h[1]));
+    send_h(0, kEarlyTargets, (t + 1) % kBuffers);
     if (h_float) {
 #pragma unroll
       for (int i = 0; i < 2; i++)
@@ -350,6 +399,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     copy_async_wait<kRingSteps - 3>();
     fetch(t + kRingSteps - 1);
   }
+  send_h(kEarlyTargets, kWideCluster, steps % kBuffers);
   for (int n = 0; n < kGroups; n++)
     mbarrier::wait(hidden_barrier + 8 * (steps % kBuffers * kGroups + n), steps / kBuffers & 1);
   __syncthreads();  // states
@@ -358,20 +408,28 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 #endif
 }
 
-template <class T, bool kLayerNorm>
-constexpr ClusterKernel<PersistentForward> kKernel = {
-    forward_wide_kernel<T, kLayerNorm>, kWideCluster, kWideThreads, sizeof(Shared<kLayerNorm>)};
+template <class T, bool kLayerNorm, bool kPlain>
+constexpr ClusterKernel<PersistentForward> kKernel = {forward_wide_kernel<T, kLayerNorm, kPlain>,
+                                                      kWideCluster, kWideThreads,
+                                                      sizeof(Shared<kLayerNorm>)};
+
+template <class T, bool kPlain>
+cudaError_t launch_forward(const PersistentForward& p, cudaStream_t stream) {
+  const int64_t clusters = ceil_div(p.layer.rows(), kWideRows);
+  return p.layer.layer_norm ? kKernel<T, true, kPlain>.run(clusters, p, stream)
+                            : kKernel<T, false, kPlain>.run(clusters, p, stream);
+}
 
 template <class T>
 cudaError_t launch_forward(const PersistentForward& p, cudaStream_t stream) {
-  const int64_t clusters = ceil_div(p.layer.rows(), kWideRows);
-  return p.layer.layer_norm ? kKernel<T, true>.run(clusters, p, stream)
-                            : kKernel<T, false>.run(clusters, p, stream);
+  const bool plain = p.layer.activation == Activation::kRelu &&
+                     p.layer.wx_type != DType::kFloat32 && p.layer.output_type != DType::kFloat32;
+  return plain ? launch_forward<T, true>(p, stream) : launch_forward<T, false>(p, stream);
 }
 
 }  // namespace
 
-int resident_clusters_wide() { return kKernel<__nv_bfloat16, true>.resident(); }
+int resident_clusters_wide() { return kKernel<__nv_bfloat16, true, true>.resident(); }
 
 cudaError_t run_forward_wide(const PersistentForward& p, cudaStream_t stream) {
   return p.layer.operand_type == DType::kBFloat16 ? launch_forward<__nv_bfloat16>(p, stream)
