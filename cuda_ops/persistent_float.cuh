@@ -71,6 +71,11 @@ __device__ __forceinline__ float max_lane_xor(float x, int offset) {
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
 }
 
+__device__ __forceinline__ float4 sum_of(const float4 (&x)[4]) {
+  return {(x[0].x + x[1].x) + (x[2].x + x[3].x), (x[0].y + x[1].y) + (x[2].y + x[3].y),
+          (x[0].z + x[1].z) + (x[2].z + x[3].z), (x[0].w + x[1].w) + (x[2].w + x[3].w)};
+}
+
 // ---- shared memory ----
 __device__ __forceinline__ void store_float2(uint32_t address, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");

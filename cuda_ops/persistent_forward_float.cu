@@ -1,18 +1,27 @@
 // The forward recurrence of persistent_forward.cu with float32 operands, for H <= 512. Its two hops
-// and buffers of h are the same; the products are those of persistent_float.cuh.
+// are the same; the products are those of persistent_float.cuh.
 //
-// Block k of a cluster owns units 32k..32k+31, four octets. Its warps form two teams: each holds
-// the rows of Uc of two octets in registers for the whole sequence, as tiles of one gate of one
-// octet, and its four warps split K: warp i multiplies what the blocks of the slots i modulo 4
-// sent. So a warp reads a quarter of h from shared memory; with all of h in every warp these reads
-// were a third of a step. When the partial sums have met in shared memory, warps 2j and 2j + 1 both
-// compute octet j, lane 4g + c unit g of row c, and each sends the new state to half of the blocks.
+// Block k of a cluster owns units 32k..32k+31. Its warps form two teams: each holds the rows of Uc
+// of two octets of units in registers for the whole sequence, as tiles of one gate of one octet,
+// and its four warps split K: warp i multiplies what the blocks of the slots i modulo 4 sent, slot
+// by slot as it comes. So a warp reads a quarter of h from shared memory; with all of h in every
+// warp these reads were a third of a step. When the partial sums have met in shared memory, the
+// last two warps add up the squares of all rows and send them, and warps 2r and 2r + 1 both compute
+// row r, lane i unit i of the block; each sends the new state, 128 bytes a message, to half of the
+// blocks. (Warps whose row the cluster does not have only multiply, and sum.)
 //
-// So a block that has all of h knows that half of the warps of every other block, not that all of
-// them, are done with the step. What a slow warp may still read then has two buffers in turn: the
-// statistics (re-used only after all statistics of the step between, which a block sends after its
-// __syncthreads) and, in a Li-GRU, the partial sums (re-used only after the team's barrier of the
-// step between; with the norm, the __syncthreads of the same step orders them).
+// The warps of a block meet once a step, when the partial sums are written: "meeting" t. Before it
+// the block needs h_t of all blocks; after it, it sends the statistics of step t, and when it has
+// those of all blocks, h_{t+1}. What this means for the re-use of buffers:
+// - h has one: h_{t+1} is sent after all statistics of step t, hence after the meetings t, which
+//   end the reads of h_t. Without the norm it has two: h_{t+2} is sent after all h_{t+1}, hence
+//   after the meetings t.
+// - Statistics have two. Those of step t + 2 are sent after all h_{t+2}, hence after all statistics
+//   of step t + 1, the receiver's own among them, sent after its meeting t + 1, when its warps have
+//   read those of step t. (With one buffer, those of step t + 1 would be sent after h_{t+1} of all
+//   blocks, which came from only half of the warps that read those of step t.)
+// - Partial sums have two: written in step t + 2, after meeting t + 1, read before it. The place of
+//   wx of step t - 1 is filled again after meeting t.
 #include "cluster_launch.cuh"
 #include "persistent_float.cuh"
 #include "persistent_wide_float.cuh"
@@ -24,25 +33,25 @@ template <int kCluster, bool kLayerNorm>
 __global__ void __launch_bounds__(kFloatThreads, 1)
     forward_float_kernel(const __grid_constant__ PersistentForward p) {
 #if SB_FAST_SLIGRU_HAS_CLUSTERS
-  constexpr int kTeamWarps = 4, kTeamOctets = 2, kOctets = 4;
+  constexpr int kTeamWarps = 4, kTeamOctets = 2;
   constexpr int kSlots = kCluster / kTeamWarps;  // that one warp multiplies
   constexpr int kBuffers = kLayerNorm ? 1 : 2;
-  // h arrives under several mbarriers, so that the product starts on the first.
-  constexpr int kGroups = kSlots, kGroupSlots = kCluster / kGroups;
-  constexpr int kSectionBytes = 2 * kRows * 8 * 2;  // an octet: [row, high or low][8 units]
-  constexpr int kSlotBytes = kOctets * kSectionBytes;
+  constexpr int kHalf = kBlockUnits / 2;
+  constexpr int kRowBytes = 4 * kBlockUnits;  // high and low parts
+  constexpr int kSlotBytes = kRows * kRowBytes;
   constexpr int kHiddenBytes = kCluster * kSlotBytes;
-  // Blocks to which one warp sends statistics; of the smallest cluster only half of the warps do.
-  constexpr int kWarpTargets = kCluster < kFloatWarps ? 1 : kCluster / kFloatWarps;
-  constexpr int kRingBytes = kRows * 2 * 8 * 4;  // wx of an octet and step: [row][a, z][8 units]
+  // (a, z) of 32 units, and 32 bytes for the four rows of a store to use different banks.
+  constexpr int kPartialRowBytes = 8 * kBlockUnits + 32;
+  constexpr int kPartialBytes = kRows * kPartialRowBytes;  // of one part of K
+  constexpr int kSumWarps = 2, kSumTargets = kCluster / kSumWarps;
 
+  // [slot][row][high parts or low parts][word]: word q is units q and q + 16.
   __shared__ alignas(128) uint8_t hidden[kBuffers][kHiddenBytes];
   __shared__ alignas(16) float statistics[2][kCluster][kRows];
-  __shared__ alignas(16) float octet_sums[2][kRows][kOctets];  // two in turn: one barrier a step
-  // Of r: [buffer][octet][warp][lane](a, z).
-  __shared__ alignas(16) float2 partial[kBuffers][kOctets][kTeamWarps][32];
-  __shared__ alignas(16) uint8_t ring[kRingSteps][kOctets][kRingBytes];
-  __shared__ alignas(8) uint64_t barriers[kBuffers * kGroups + 1];
+  __shared__ alignas(16) uint8_t partial[2][kTeamWarps][kPartialBytes];  // of r
+  __shared__ alignas(16) float ring[kRingSteps][kRows][2][kBlockUnits];  // wx: [.][.][a, z][unit]
+  // mbarriers; h has one a slot.
+  __shared__ alignas(8) uint64_t hidden_arrived[kBuffers][kCluster], statistics_arrived;
 
   const Recurrence& layer = p.layer;
   const int hidden_size = static_cast<int>(layer.hidden), steps = static_cast<int>(layer.time);
@@ -50,50 +59,55 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   const auto* drop_mask = static_cast<const float*>(layer.drop_mask);
   const auto* ln_weight = static_cast<const float*>(layer.ln_weight);
   const auto* ln_bias = static_cast<const float*>(layer.ln_bias);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  const int team = warp / kTeamWarps, part = warp % kTeamWarps, octet = warp / 2, half = warp % 2;
+  // The shuffle lets the compiler know that all lanes of a warp take the same branch.
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  const int team = warp / kTeamWarps, part = warp % kTeamWarps;  // in the product
+  const int own_row = warp / 2, half = warp % 2;                 // after it
   const uint32_t rank = cluster_rank();
   const int rows = cluster_rows(layer, kCluster);
   const int row0 = static_cast<int>(blockIdx.x / kCluster) * rows;
-  const int block_unit0 = static_cast<int>(rank) * kBlockUnits;
-  const int unit0 = block_unit0 + octet * 8, unit = unit0 + g;  // this lane's unit, for row c
-  const bool in_range = unit0 < hidden_size;
+  const int block_unit0 = static_cast<int>(rank) * kBlockUnits, unit = block_unit0 + lane;
+  const bool in_range = unit < hidden_size;
 
-  const uint32_t hidden_barrier = shared_address(&barriers[0]);
-  const uint32_t statistics_barrier = shared_address(&barriers[kBuffers * kGroups]);
-  const uint32_t group_traffic = kGroupSlots * kSlotBytes / kRows * rows;
+  const uint32_t hidden_traffic = kRowBytes * rows;
   const uint32_t statistics_traffic = kCluster * sizeof(float) * rows;
-  if (threadIdx.x <= kBuffers * kGroups) mbarrier::init(shared_address(&barriers[threadIdx.x]));
+  if (threadIdx.x < kBuffers * kCluster)
+    mbarrier::init(shared_address(&hidden_arrived[0][threadIdx.x]));
+  if (threadIdx.x == 0) mbarrier::init(shared_address(&statistics_arrived));
   mbarrier::fence_init();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kGroups; i++)
-      mbarrier::arrive(hidden_barrier + 8 * i);  // h0 needs no message
-    for (int i = kGroups; i < kBuffers * kGroups; i++)
-      mbarrier::expect(hidden_barrier + 8 * i, group_traffic);
-    if (kLayerNorm) mbarrier::expect(statistics_barrier, statistics_traffic);
+  if (threadIdx.x < kCluster) {
+    mbarrier::arrive(shared_address(&hidden_arrived[0][threadIdx.x]));  // h0 needs no message
+    if constexpr (!kLayerNorm)
+      mbarrier::expect(shared_address(&hidden_arrived[1][threadIdx.x]), hidden_traffic);
   }
+  if (kLayerNorm && threadIdx.x == 0)
+    mbarrier::expect(shared_address(&statistics_arrived), statistics_traffic);
 
   // Slot o of `hidden` belongs to block rank ^ o: senders and receivers use the same slot, and
   // every block starts with its own.
-  for (int i = threadIdx.x; i < kHiddenBytes / 16; i += kFloatThreads) {
-    const int pair = i % 2, row = i / 2 % kRows, section = i / 2 / kRows;  // 4 units, high and low
-    const int column = static_cast<int>(rank ^ (section / kOctets)) * kBlockUnits +
-                       section % kOctets * 8 + pair * 4;
-    float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (h0 != nullptr && column < hidden_size)
-      x = *reinterpret_cast<const float4*>(
-          h0 + int64_t{locate_row(layer, row0 + row).index} * hidden_size + column);
-    const SplitPair first = split(x.x, x.y), second = split(x.z, x.w);
-    uint2* to = reinterpret_cast<uint2*>(&hidden[0][section * kSectionBytes + row * 32 + pair * 8]);
-    to[0] = make_uint2(first.high, second.high);
-    to[2] = make_uint2(first.low, second.low);
+  for (int i = threadIdx.x; i < kCluster * kRows * 4; i += kFloatThreads) {
+    const int quarter = i % 4, row = i / 4 % kRows, slot = i / 4 / kRows;  // four words
+    const int column = static_cast<int>(rank ^ slot) * kBlockUnits + quarter * 4;
+    float4 x = make_float4(0.f, 0.f, 0.f, 0.f), y = x;
+    if (h0 != nullptr) {
+      const float* from = h0 + int64_t{locate_row(layer, row0 + row).index} * hidden_size + column;
+      if (column < hidden_size) x = *reinterpret_cast<const float4*>(from);
+      if (column + kHalf < hidden_size) y = *reinterpret_cast<const float4*>(from + kHalf);
+    }
+    const SplitPair words[4] = {split(x.x, y.x), split(x.y, y.y), split(x.z, y.z), split(x.w, y.w)};
+    auto* to =
+        reinterpret_cast<uint4*>(&hidden[0][slot * kSlotBytes + row * kRowBytes + quarter * 16]);
+    to[0] = make_uint4(words[0].high, words[1].high, words[2].high, words[3].high);
+    to[4] = make_uint4(words[0].low, words[1].low, words[2].low, words[3].low);
   }
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(ring)) / 4; i += kFloatThreads)
     reinterpret_cast<uint32_t*>(ring)[i] = 0;  // stays so where units are padding
 
-  // Lane c multiplies units 8c..8c+7 of every slot, four in each of two products: the order of k is
-  // free as long as both operands agree. First the floats, then, in their place, their parts.
+  // Lane c multiplies units 4c..4c+3 and 4c+16..4c+19 of every slot, half of them in each of two
+  // products: the order of k is free as long as both operands agree. First the floats, then, in
+  // their place, their parts.
   uint32_t weights[kSlots][2][kTeamOctets][2][4];
   float factor[kTeamOctets][2];  // of the products
 #pragma unroll
@@ -105,17 +119,17 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 #pragma unroll
       for (int i = 0; i < kSlots; i++) {
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
+        for (int k = 0; k < 2; k++) {
           const int column =
-              static_cast<int>(rank ^ (kTeamWarps * i + part)) * kBlockUnits + 8 * c + 4 * j;
+              static_cast<int>(rank ^ (kTeamWarps * i + part)) * kBlockUnits + 4 * c + kHalf * k;
           float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
           if (tile_unit < hidden_size && column < hidden_size)
             x = *reinterpret_cast<const float4*>(
                 static_cast<const float*>(p.u) +
                 (int64_t{gate} * hidden_size + tile_unit) * hidden_size + column);
-          uint32_t (&w)[4] = weights[i][j][e][gate];
-          w[0] = __float_as_uint(x.x), w[1] = __float_as_uint(x.y);
-          w[2] = __float_as_uint(x.z), w[3] = __float_as_uint(x.w);
+          uint32_t (&first)[4] = weights[i][0][e][gate], (&second)[4] = weights[i][1][e][gate];
+          first[k] = __float_as_uint(x.x), first[2 + k] = __float_as_uint(x.y);
+          second[k] = __float_as_uint(x.z), second[2 + k] = __float_as_uint(x.w);
           largest =
               fmaxf(fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y))), fmaxf(fabsf(x.z), fabsf(x.w)));
         }
@@ -136,8 +150,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     }
   }
 
-  const Row row = locate_row(layer, row0 + c);
-  const bool stored = row.valid && c < rows && in_range && half == 0;
+  const Row row = locate_row(layer, row0 + own_row);
+  const bool owns_row = own_row < rows;
+  const bool stored = row.valid && in_range && half == 0;
   float h = 0.f, mask = 1.f, gamma_a = 1.f, gamma_z = 1.f, beta_a = 0.f, beta_z = 0.f;
   if (in_range) {
     if (h0 != nullptr) h = h0[int64_t{row.index} * hidden_size + unit];
@@ -148,76 +163,83 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       beta_a = ln_bias[unit], beta_z = ln_bias[hidden_size + unit];
   }
 
-  // After transpose() lane (g, c) holds units 2c, 2c + 1 of column g, the high (g even) or low part
-  // of row g / 2. Warp 2j sends octet j to the even slots, warp 2j + 1 to the odd ones.
-  const bool sends_hidden = g < 2 * rows;
-  const uint32_t first_target =
-      shared_address(&hidden[0][half * kSlotBytes + octet * kSectionBytes + lane * 4]);
-  uint32_t target[kCluster / 2];
+  // Warp 2r sends row r's h to the even slots, warp 2r + 1 to the odd ones, lane i word i.
+  uint32_t target[kCluster / 2], target_barrier[kCluster / 2];
 #pragma unroll
-  for (int i = 0; i < kCluster / 2; i++)
-    target[i] = remote_address(first_target + 2 * i * kSlotBytes, rank ^ (2 * i + half));
-  // Distances within a block's shared memory are the same in all blocks.
-  uint32_t to_barrier = hidden_barrier - first_target;
-  const uint32_t sum_rank = warp * kWarpTargets + (lane / kRows) % kWarpTargets;
-  const bool sends_sum = lane < kWarpTargets * kRows && sum_rank < kCluster && lane % kRows < rows;
-  const uint32_t sum_target =
-      remote_address(shared_address(&statistics[0][rank][lane % kRows]), sum_rank % kCluster);
-  const uint32_t sum_barrier = remote_address(statistics_barrier, sum_rank % kCluster);
+  for (int i = 0; i < kCluster / 2; i++) {
+    const uint32_t slot = 2 * i + half, receiver = rank ^ slot;
+    target[i] = remote_address(
+        shared_address(&hidden[0][slot * kSlotBytes + own_row * kRowBytes + lane * 4]), receiver);
+    target_barrier[i] = remote_address(shared_address(&hidden_arrived[0][slot]), receiver);
+    pin(target[i]), pin(target_barrier[i]);
+  }
+  // Each of the last warps sends the statistics to a part of the blocks, lane 4g + c those of row c
+  // to block g of them.
+  const int sum_warp = warp - (kFloatWarps - kSumWarps);
+  const bool sums_squares = kLayerNorm && sum_warp >= 0;
+  const bool sends_sum = c < rows && g < kSumTargets;
+  const uint32_t sum_receiver = (sum_warp * kSumTargets + g) % kCluster;
+  uint32_t statistics_barrier = shared_address(&statistics_arrived);
+  uint32_t sum_target = remote_address(shared_address(&statistics[0][rank][c]), sum_receiver);
+  uint32_t sum_barrier = remote_address(statistics_barrier, sum_receiver);
 
-  // wx of an octet: the first lanes of warp 2j each copy one 16-byte piece a step. A team meets at
-  // its barrier between the wait for a copy and its use.
+  // wx of a row: the first lanes of warp 2r each copy one 16-byte piece a step. The warps meet
+  // between the wait for a copy and its use.
   const Sequence wx = wx_sequence(layer);
-  const bool copies = in_range && half == 0 && lane < 4 * kRows;
-  const Row copy_row = locate_row(layer, row0 + lane / 4 % kRows);
-  const char* source =
-      wx.at(layer, copy_row, 0, lane / 2 % 2 * hidden_size + unit0) + lane % 2 * 16;
-  int64_t source_step = wx.step_bytes(copy_row);
-  uint32_t copy_target = shared_address(&ring[0][octet][lane * 16 % kRingBytes]);
-  uint32_t wx_address = shared_address(&ring[0][octet][c * 64 + g * 4]);
+  const int piece_unit = lane % 8 * 4, piece_gate = lane / 8 % 2;
+  const bool copies = half == 0 && lane < 16 && block_unit0 + piece_unit < hidden_size;
+  const char* source = wx.at(layer, row, 0, piece_gate * hidden_size + block_unit0 + piece_unit);
+  int64_t source_step = wx.step_bytes(row);
+  uint32_t copy_target = shared_address(&ring[0][own_row][piece_gate][piece_unit]);
+  uint32_t wx_address = shared_address(&ring[0][own_row][0][lane]);
   const auto fetch = [&](int n) {
     if (n < steps && copies) copy_async_16(copy_target + n % kRingSteps * sizeof(ring[0]), source);
     source += source_step;
     copy_async_commit();
   };
   __syncthreads();  // the ring is zero before copies land in it
+  if (owns_row) {
 #pragma unroll
-  for (int n = 0; n < kRingSteps - 1; n++) fetch(n);
-  copy_async_wait<kRingSteps - 2>();
+    for (int n = 0; n < kRingSteps - 1; n++) fetch(n);
+    copy_async_wait<kRingSteps - 2>();
+  }
 
   const Sequence outputs = h_sequence(layer, p.h);
   char* output = const_cast<char*>(outputs.at(layer, row, 0, row.direction * hidden_size + unit));
   int64_t output_step = outputs.step_bytes(row);
-  const bool stores_rho = kLayerNorm && rank == 0 && warp == 0 && g == 0 && row.valid && c < rows;
+  const bool stores_rho = kLayerNorm && row.valid && rank == 0 && half == 0 && lane == 0;
   float* rho_output =
       stores_rho ? p.rho + int64_t{row.index} * steps + layer.time_of(row.index, 0) : nullptr;
   const int rho_step = row.direction ? -1 : 1;
-  uint32_t hidden_address =
-      shared_address(&hidden[0][part * kSlotBytes]) + c * kSectionBytes + g * 16;
-  uint32_t partial_store = shared_address(&partial[0][team * kTeamOctets][part][lane]);
-  uint32_t partial_load = shared_address(&partial[0][octet][0][lane]);
+  uint32_t hidden_barrier = shared_address(&hidden_arrived[0][part]);
+  uint32_t hidden_address = shared_address(&hidden[0][part * kSlotBytes + lane * 16]);
+  uint32_t partial_store =
+      shared_address(&partial[0][part][c * kPartialRowBytes + (team * kTeamOctets * 8 + g) * 8]);
+  uint32_t partial_load = shared_address(&partial[0][0][own_row * kPartialRowBytes + lane * 8]);
+  uint32_t square_load = shared_address(&partial[0][0][c * kPartialRowBytes + g * 16]);
+  uint32_t statistics_load = shared_address(&statistics[0][lane % 2][own_row]);
+  uint32_t both_halves = lane < kHalf ? 0x5410 : 0x3276;  // for __byte_perm
   float inverse_size = 1.f / static_cast<float>(2 * hidden_size);
   float eps = static_cast<float>(layer.eps);
   const Activation activation = layer.activation;
-  uint32_t sum_store = shared_address(&octet_sums[0][c][octet]);
-  uint32_t sum_load = shared_address(&octet_sums[0][lane % kRows][0]);
-  uint32_t statistics_load = shared_address(&statistics[0][g & 1][c]);
-  pin(hidden_address), pin(to_barrier), pin(partial_store), pin(partial_load);
-  pin(copy_target), pin(wx_address), pin(sum_store), pin(sum_load), pin(statistics_load);
+  pin(hidden_barrier), pin(hidden_address), pin(partial_store), pin(partial_load);
+  pin(statistics_barrier), pin(square_load), pin(statistics_load), pin(sum_target),
+      pin(sum_barrier);
+  pin(copy_target), pin(wx_address), pin(both_halves);
   pin(source_step), pin(output_step), pin(inverse_size), pin(eps);
   cluster_barrier();
 
 #pragma unroll 1
   for (int t = 0; t < steps; t++) {
-    const uint32_t buffer = t % kBuffers, parity = t / kBuffers & 1;
+    const uint32_t buffer = t % kBuffers, turn = t % 2;
     float sums[kTeamOctets][2][4] = {};
 #pragma unroll
-    for (int n = 0; n < kGroups; n++) {
-      const uint32_t barrier = hidden_barrier + 8 * (buffer * kGroups + n);
-      mbarrier::wait(barrier, parity);
-      if (threadIdx.x == 0) mbarrier::expect(barrier, group_traffic);
+    for (int n = 0; n < kSlots; n++) {
+      const uint32_t barrier = hidden_barrier + 8 * (buffer * kCluster + n * kTeamWarps);
+      mbarrier::wait(barrier, t / kBuffers & 1);
+      if (team == 0 && lane == 0) mbarrier::expect(barrier, hidden_traffic);
       const float4 operand =
-          load_float4(hidden_address + buffer * kHiddenBytes + n * kGroupSlots * kSlotBytes);
+          load_float4(hidden_address + buffer * kHiddenBytes + n * kTeamWarps * kSlotBytes);
 #pragma unroll
       for (int e = 0; e < kTeamOctets; e++)
 #pragma unroll
@@ -231,8 +253,6 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           multiply<__half>(sums[e][gate], weights[n][1][e][gate], __float_as_uint(operand.z),
                            __float_as_uint(operand.w));
     }
-    // The team's partial sums meet.
-    const uint32_t partial_buffer = buffer * sizeof(partial[0]);
 #pragma unroll
     for (int e = 0; e < kTeamOctets; e++) {
       float r[2];
@@ -241,67 +261,68 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
         const float (&sum)[4] = sums[e][gate];
         r[gate] = fmaf(sum[1] + sum[2], 1.f / kLowScale, sum[0]) * factor[e][gate];
       }
-      store_float2(partial_store + partial_buffer + e * sizeof(partial[0][0]), r[0], r[1]);
+      store_float2(partial_store + turn * sizeof(partial[0]) + e * 64, r[0], r[1]);
     }
-    named_barrier(1 + team, 32 * kTeamWarps);
+    __syncthreads();  // the meeting
+    const uint32_t statistics_buffer = turn * sizeof(statistics[0]);
+    if (sums_squares) {  // lane 4g + c: units 2g, 2g + 1 and 16 further, of row c
+      float square = 0.f;
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        float4 parts[kTeamWarps];
+#pragma unroll
+        for (int i = 0; i < kTeamWarps; i++)
+          parts[i] = load_float4(square_load + turn * sizeof(partial[0]) + i * kPartialBytes +
+                                 k * 8 * kHalf);
+        const float4 r = sum_of(parts);
+        square += fmaf(r.x, r.x, r.y * r.y) + fmaf(r.z, r.z, r.w * r.w);
+      }
+#pragma unroll
+      for (int offset = 4; offset < 32; offset *= 2) square = add_lane_xor(square, offset);
+      if (sends_sum) send(sum_target + statistics_buffer, sum_barrier, __float_as_uint(square));
+    }
+    if (!owns_row) continue;
+
     float r_a, r_z;
     {
       float2 parts[kTeamWarps];
 #pragma unroll
       for (int i = 0; i < kTeamWarps; i++)
-        parts[i] = load_float2(partial_load + partial_buffer + i * sizeof(partial[0][0][0]));
+        parts[i] = load_float2(partial_load + turn * sizeof(partial[0]) + i * kPartialBytes);
       r_a = (parts[0].x + parts[1].x) + (parts[2].x + parts[3].x);
       r_z = (parts[0].y + parts[1].y) + (parts[2].y + parts[3].y);
     }
-
-    const uint32_t statistics_buffer = t % 2 * sizeof(statistics[0]);
-    if constexpr (kLayerNorm) {
-      float square = fmaf(r_a, r_a, r_z * r_z);
-#pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2) square = add_lane_xor(square, offset);
-      const uint32_t turn = t % 2 * sizeof(octet_sums[0]);
-      if (g == 0 && half == 0) store_float(sum_store + turn, square);
-      __syncthreads();
-      if (sends_sum) {
-        const float4 sums = load_float4(sum_load + turn);
-        send(sum_target + statistics_buffer, sum_barrier,
-             __float_as_uint((sums.x + sums.y) + (sums.z + sums.w)));
-      }
-    }
-
-    // In the shadow of hop 1: this step's wx, and the copy for a later one.
-    fetch(t + kRingSteps - 1);
-    copy_async_wait<kRingSteps - 2>();
     const uint32_t wx_now = wx_address + t % kRingSteps * sizeof(ring[0]);
-    float wx_a = load_float(wx_now), wx_z = load_float(wx_now + 32);
+    float wx_a = load_float(wx_now), wx_z = load_float(wx_now + sizeof(ring[0][0][0]));
     float rho = 1.f;
     if constexpr (kLayerNorm) {
       wx_a += beta_a, wx_z += beta_z;
       r_a *= gamma_a, r_z *= gamma_z;
       mbarrier::wait(statistics_barrier, t & 1);
       if (threadIdx.x == 0) mbarrier::expect(statistics_barrier, statistics_traffic);
-      float even = 0.f, odd = 0.f;  // two lanes, g and g ^ 1, share the sum over the blocks
+      float even = 0.f, odd = 0.f;  // two lanes share the sum over the blocks
 #pragma unroll
       for (int i = 0; i < kCluster / 2; i++)
         (i % 2 ? odd : even) +=
             load_float(statistics_load + statistics_buffer + i * 2 * sizeof(statistics[0][0]));
-      rho = reciprocal_sqrt(fmaf(add_lane_xor(even + odd, 4), inverse_size, eps));
+      rho = reciprocal_sqrt(fmaf(add_lane_xor(even + odd, 1), inverse_size, eps));
     }
     const float z = sigmoid(fmaf(r_z, rho, wx_z));
     const float candidate = fast_activate(activation, fmaf(r_a, rho, wx_a)) * mask;
     h = next_hidden(h, z, candidate);
 
+    // A lane's pair of high and low part becomes, with that of the lane 16 further, a word of two
+    // high parts in the one and a word of two low parts in the other.
     const float high = __half2float(__float2half_rn(h));
-    const uint32_t word = transpose(OperandTraits<__half>::pack(h, (h - high) * kLowScale));
+    const uint32_t pair = OperandTraits<__half>::pack(h, (h - high) * kLowScale);
+    const uint32_t word = __byte_perm(pair, __shfl_xor_sync(0xffffffffu, pair, kHalf), both_halves);
     const uint32_t next = (t + 1) % kBuffers;
-    if (sends_hidden) {
 #pragma unroll
-      for (int i = 0; i < kCluster / 2; i++)
-        send(target[i] + next * kHiddenBytes,
-             target[i] + to_barrier + 8 * (next * kGroups + 2 * i / kGroupSlots) -
-                 2 * i * kSlotBytes,
-             word);
-    }
+    for (int i = 0; i < kCluster / 2; i++)
+      send(target[i] + next * kHiddenBytes, target_barrier[i] + next * 8 * kCluster, word);
+    // In the shadow of hop 2: the copy for a later step.
+    fetch(t + kRingSteps - 1);
+    copy_async_wait<kRingSteps - 2>();
     if (stored) *reinterpret_cast<float*>(output) = h;
     output += output_step;
     if (stores_rho) {
@@ -309,8 +330,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       rho_output += rho_step;
     }
   }
-  for (int n = 0; n < kGroups; n++)
-    mbarrier::wait(hidden_barrier + 8 * (steps % kBuffers * kGroups + n), steps / kBuffers & 1);
+  for (int n = 0; n < kCluster; n++)
+    mbarrier::wait(shared_address(&hidden_arrived[steps % kBuffers][n]), steps / kBuffers & 1);
   cluster_barrier();
 #endif
 }
