@@ -477,15 +477,31 @@ def test_nan_reaches_the_output(name, device, dtype, activation, place):
     assert torch.equal(h.isnan(), expected.isnan())
 
 
-@each_backend
-def test_same_input_same_bits(name, device, dtype):
-    arguments = make_inputs((7, 50, 40), "sligru-affine-h0", bidirectional=True)
+def assert_same_bits(name, shape, option, device, dtype):
+    arguments = make_inputs(shape, option, bidirectional=True)
     upstream = upstream_for(arguments)
-    dtype = torch.float32 if dtype == torch.float64 else dtype
     first = run(name, arguments, upstream, device, dtype)
     for _ in range(3):
         again = run(name, arguments, upstream, device, dtype)
         assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+@each_backend
+def test_same_input_same_bits(name, device, dtype):
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    assert_same_bits(name, (7, 50, 40), "sligru-affine-h0", device, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 200, 256), (7, 200, 512), (30, 200, 512), (9, 200, 1024), (90, 50, 1024)],
+    ids=shape_id,
+)
+@pytest.mark.parametrize("option", ["sligru-h0-mask", "ligru-mask"])
+def test_same_bits_from_every_kernel(dtype, shape, option):
+    assert_same_bits("persistent", shape, option, "cuda", dtype)
 
 
 # ---- autograd
