@@ -77,7 +77,7 @@ test-gpu: $(BUILT)
 SANITIZER := compute-sanitizer --error-exitcode 1 --tool
 STEP_ARCH := $(firstword $(subst ;, ,$(subst .,,$(TORCH_CUDA_ARCH_LIST))))
 sanitize: $(BUILT) build/bench_step
-	@echo "== Every kernel under compute-sanitizer (some minutes)"
+	@echo "== Every kernel under compute-sanitizer (racecheck: up to half an hour)"
 	$(SANITIZER) memcheck --kernel-name kns=sb_fast_sligru \
 		$(RUN) -m pytest -m gpu tests/test_ops.py -k same_input_same_bits
 	$(SANITIZER) memcheck build/bench_step small
