@@ -359,8 +359,7 @@ PersistentPlan persistent_plan(int64_t hidden, DType operand_type) {
     if (plan.resident_clusters == 0)
       plan.reason =
           "the GPU, or SB_FAST_SLIGRU_MAX_CLUSTER, does not allow thread-block clusters of the "
-          "size "
-          "needed";
+          "size needed";
   }
   return plan;
 }
