@@ -45,7 +45,7 @@ help:
 	@echo "make demo             train the recipe with our encoder and SpeechBrain's, compare epoch times"
 	@echo "make test             run the tests (those that need a GPU are skipped without one)"
 	@echo "make test-gpu         run the tests that need a GPU"
-	@echo "make sanitize         run a small case of every kernel under compute-sanitizer"
+	@echo "make sanitize         run small cases of the kernels under compute-sanitizer"
 	@echo "make test-stable-abi  run the operator's tests under a newer torch than the library's own"
 	@echo "make lint             check the style of Python and C++ files"
 	@echo "make build            build the library"
@@ -77,7 +77,7 @@ test-gpu: $(BUILT)
 SANITIZER := compute-sanitizer --error-exitcode 1 --tool
 STEP_ARCH := $(firstword $(subst ;, ,$(subst .,,$(TORCH_CUDA_ARCH_LIST))))
 sanitize: $(BUILT) build/bench_step
-	@echo "== Every kernel under compute-sanitizer (racecheck: up to half an hour)"
+	@echo "== Small cases of the kernels under compute-sanitizer (racecheck: up to half an hour)"
 	$(SANITIZER) memcheck --kernel-name kns=sb_fast_sligru \
 		$(RUN) -m pytest -m gpu tests/test_ops.py -k same_input_same_bits
 	$(SANITIZER) memcheck build/bench_step small

@@ -5,7 +5,7 @@
 //        benchmarks/bench_step.cu cuda_ops/persistent*.cu
 //   ./bench_step
 //
-// `./bench_step small [PART]` launches every kernel once on small inputs (PART of the printed line,
+// `./bench_step small [PART]` launches the kernels once on small inputs (PART of the printed line,
 // such as "float32, H = 512", chooses) and prints a checksum of what it computed: for
 // compute-sanitizer, under which it must be the same (`make sanitize`). racecheck slows some warps
 // down by far, and so shows races between the blocks of a cluster, which it does not see itself.
@@ -236,7 +236,7 @@ const std::vector<Case> kTimed = {
     {"Li-GRU float32", 24, 2, 1600, 1024, 100, false, DType::kFloat32, DType::kFloat32},
     {"SLi-GRU float32", 120, 2, 400, 1024, 50, true, DType::kFloat32, DType::kFloat32}};
 
-// Every kernel in both cells, the last cluster partly filled.
+// Kernels of every size in both cells, with ReLU, the last cluster partly filled.
 std::vector<Case> small_cases() {
   struct Type {
     const char* sligru;
