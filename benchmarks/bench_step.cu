@@ -5,12 +5,12 @@
 //        benchmarks/bench_step.cu cuda_ops/persistent*.cu
 //   ./bench_step
 //
-// `./bench_step small [PART]` launches the kernels once on small inputs (PART of the printed line,
-// such as "float32, H = 512", chooses) and prints a checksum of what it computed: for
-// compute-sanitizer, under which it must be the same (`make sanitize`). racecheck slows some warps
-// down by far, and so shows races between the blocks of a cluster, which it does not see itself.
-// Without torch, since the tools do not see all stores of cuBLAS, and racecheck ends at some of its
-// kernels; its products are random numbers here.
+// `./bench_step small [PART]` launches the kernels once on small inputs (PART of a space and the
+// printed line, such as "float32, H = 512" or " Li-GRU", chooses) and prints a checksum of what it
+// computed: for compute-sanitizer, under which it must be the same (`make sanitize`). racecheck
+// slows some warps down by far, and so shows races between the blocks of a cluster, which it does
+// not see itself. Without torch, since the tools do not see all stores of cuBLAS, and racecheck
+// ends at some of its kernels; its products are random numbers here.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -236,7 +236,8 @@ const std::vector<Case> kTimed = {
     {"Li-GRU float32", 24, 2, 1600, 1024, 100, false, DType::kFloat32, DType::kFloat32},
     {"SLi-GRU float32", 120, 2, 400, 1024, 50, true, DType::kFloat32, DType::kFloat32}};
 
-// Kernels of every size in both cells, with ReLU, the last cluster partly filled.
+// Kernels of every size in both cells, with ReLU, the last cluster partly filled; those of the wide
+// forward kernel for other types and activations.
 std::vector<Case> small_cases() {
   struct Type {
     const char* sligru;
@@ -258,6 +259,9 @@ std::vector<Case> small_cases() {
         cases.push_back({name, 86, 2, 4, 1016, 4, layer_norm, type, type});
       }
     }
+  for (const int hidden : {512, 1024})
+    cases.push_back({"bfloat16, float wx and h", 9, 1, 4, hidden, 4, true, DType::kBFloat16,
+                     DType::kFloat32, Activation::kTanh});
   return cases;
 }
 
@@ -266,7 +270,7 @@ std::vector<Case> small_cases() {
 int main(int argc, char** argv) {
   if (argc > 1 && std::strcmp(argv[1], "small") == 0) {
     for (const Case& c : small_cases())
-      if (argc < 3 || label(c).find(argv[2]) != std::string::npos) run(c, true);
+      if (argc < 3 || (" " + label(c)).find(argv[2]) != std::string::npos) run(c, true);
     return 0;
   }
   cudaDeviceProp device = {};

@@ -125,7 +125,7 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
   // A launch of the sequential kernel costs about as much as 20 steps, once for every wave of its
   // clusters: chunks of at least kChunkSteps, unless those need more than kMostBytes.
   constexpr int64_t kChunkBytes = int64_t{224} << 20, kMostBytes = int64_t{1} << 30;
-  constexpr int64_t kChunkSteps = 100;
+  constexpr int64_t kChunkSteps = 400;
   const int64_t R = in.rows(), T = in.time(), H = in.hidden();
   const bool ln = in.layer_norm, need_ln = needs.ln && ln;
   const ScalarType fp32 = ScalarType::Float;

@@ -105,7 +105,12 @@ def test_report(arguments, tmp_path, capsys, monkeypatch):
     assert report["checks"]["same_batches"]
     agreement = report["checks"]["agreement"]["SLi-GRU"]
     assert agreement["largest_relative_difference"] <= agreement["bound"] == 1e-3
-    assert len(agreement["losses"]["ours"]) == 3
+    assert 0 < agreement["stock_moved_difference"] < 1e-3
+    assert {name: len(losses) for name, losses in agreement["losses"].items()} == {
+        "ours": 3,
+        "stock": 3,
+        "stock_moved": 3,
+    }
     data = report["data"]
     assert (data["batches"], data["passes"]) == (2, 2)
     assert 0 < data["audio_seconds"] <= data["padded_seconds"]
@@ -279,11 +284,13 @@ def test_same_ids_with_other_samples_are_other_batches():
 
 @pytest.mark.parametrize("ours", [[2.0, 1.003], [2.0, 0.997], [2.0, float("nan")]])
 def test_disagreement_is_refused_on_both_sides(ours):
-    assert compare.check_agreement("SLi-GRU", [2.001, 1.0], [2.0, 1.0])["bound"] == 1e-3
+    stock, moved = [2.0, 1.0], [2.0, 1.5]
+    entry = compare.check_agreement("SLi-GRU", [2.001, 1.0], stock, moved)
+    assert entry["bound"] == 1e-3 and entry["stock_moved_difference"] == 0.5
     with pytest.raises(Refused, match="differ from stock's by up to"):
-        compare.check_agreement("SLi-GRU", ours, [2.0, 1.0])
+        compare.check_agreement("SLi-GRU", ours, stock, moved)
     with pytest.raises(Refused, match="by up to inf relative"):  # CTC could align nothing
-        compare.check_agreement("SLi-GRU", [0.0, 0.0], [0.0, 0.0])
+        compare.check_agreement("SLi-GRU", [0.0, 0.0], [0.0, 0.0], [0.0, 0.0])
 
 
 def test_losses_beyond_the_seeds_spread_are_refused():

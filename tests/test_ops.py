@@ -282,10 +282,11 @@ def test_activations_in_low_precision(dtype, activation, bidirectional):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast-bfloat16"])
+@pytest.mark.parametrize("shape", [(16, 1201, 512), (24, 450, 1024)], ids=["H512", "H1024"])
 @each_direction
-def test_chunks_of_time_in_low_precision(autocast, bidirectional):
-    """Long enough for several of the 224 MiB chunks of the persistent backward."""
-    arguments = make_inputs((16, 1201, 512), "sligru-affine-h0", bidirectional)
+def test_chunks_of_time_in_low_precision(autocast, shape, bidirectional):
+    """Long enough for several chunks of the persistent backward: of 224 MiB, at least 400 steps."""
+    arguments = make_inputs(shape, "sligru-affine-h0", bidirectional)
     arguments["activation"] = "tanh"
     upstream = upstream_for(arguments)
     expected = run("reference", arguments, upstream, "cuda")

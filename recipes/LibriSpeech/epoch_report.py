@@ -17,7 +17,8 @@ Keys of report.json:
     loader              processes (0: batches are loaded between the steps), seconds_per_batch (in
                         which one process loads a batch)
     checks              same_batches (bool)
-                        agreement: cell -> largest_relative_difference, bound, losses
+                        agreement: cell -> largest_relative_difference, bound,
+                        stock_moved_difference (of stock from weights moved by 1e-7), losses
                         seed_spread: group -> ours_and_stock, stock_and_other_seed (mean absolute
                         differences of the losses), bound (of the former)
     variants            list of: cell, precision, implementation, rnn_class, seed, backend (of our
@@ -397,7 +398,8 @@ def verdict(report):
         texts.append(
             f"{cell}: without dropout the first {len(entry['losses']['ours'])} fp32 losses of ours "
             f"and stock agree within {entry['largest_relative_difference']:.1g} relative (bound "
-            f"{entry['bound']:g})."
+            f"{entry['bound']:g}; stock itself, from weights moved by 1e-7, and stock: "
+            f"{entry['stock_moved_difference']:.1g})."
         )
     for group, entry in checks["seed_spread"].items():
         texts.append(
