@@ -82,8 +82,11 @@ struct Case {
   int batch, directions, steps, hidden, chunk;
   bool layer_norm = true;
   DType operand = DType::kBFloat16;
-  DType sequences = DType::kBFloat16;  // of wx and h
+  DType h = DType::kBFloat16;
   Activation activation = Activation::kRelu;
+  bool float_wx = false;
+
+  DType wx() const { return float_wx ? DType::kFloat32 : operand; }
 };
 
 std::string label(const Case& c) {
@@ -141,15 +144,15 @@ void run(const Case& c, bool small) {
   layer.batch = c.batch, layer.time = c.steps, layer.hidden = c.hidden;
   layer.directions = c.directions;
   layer.layer_norm = c.layer_norm, layer.eps = 1e-5, layer.activation = c.activation;
-  layer.wx_type = c.sequences, layer.operand_type = c.operand, layer.output_type = c.sequences;
-  layer.wx = random(c.sequences, tokens * 2 * hidden, 2.f);
+  layer.wx_type = c.wx(), layer.operand_type = c.operand, layer.output_type = c.h;
+  layer.wx = random(c.wx(), tokens * 2 * hidden, 2.f);
   layer.wx_batch_stride = int64_t{2} * c.hidden * c.steps, layer.wx_time_stride = 2 * c.hidden;
   layer.drop_mask = random(DType::kFloat32, rows * hidden, 1.f);
 
   PersistentForward forward = {};
   forward.layer = layer;
   forward.u = random(c.operand, 2 * hidden * hidden, 1.8f / std::max(c.hidden / 16, 1));
-  forward.h = arena.take(tokens * c.directions * hidden * bytes(c.sequences));
+  forward.h = arena.take(tokens * c.directions * hidden * bytes(c.h));
   forward.rho = c.layer_norm ? arena.floats(rows * c.steps) : nullptr;
 
   PersistentBackward backward = {};
@@ -162,10 +165,10 @@ void run(const Case& c, bool small) {
     check(pack_backward(u, nullptr, const_cast<void*>(backward.u), c.hidden, nullptr));
   }
   backward.first = c.steps - c.chunk, backward.count = c.chunk;
-  backward.grad_h = random(c.sequences, tokens * c.directions * hidden, 1.f);
+  backward.grad_h = random(c.h, tokens * c.directions * hidden, 1.f);
   backward.grad_h_time_stride = c.directions * c.hidden;
   backward.grad_h_batch_stride = backward.grad_h_time_stride * c.steps;
-  backward.dwx = arena.take(tokens * 2 * hidden * bytes(c.sequences));
+  backward.dwx = arena.take(tokens * 2 * hidden * bytes(c.wx()));
   backward.carry = static_cast<float*>(random(DType::kFloat32, rows * hidden, 0.f));
   backward.h_previous = arena.take(size * row_steps * hidden);
   backward.projection = static_cast<float*>(random(DType::kFloat32, 3 * row_steps * hidden, 0.3f));
@@ -184,10 +187,9 @@ void run(const Case& c, bool small) {
                            step(c.chunk, [&] { return finish_backward(backward, nullptr); })};
   if (small) {
     const size_t row_bytes = c.layer_norm ? 4 * row_steps : 0;  // of rho and m2
-    uint64_t sum =
-        checksum(forward.h, bytes(c.sequences) * row_steps * hidden, 0xCBF29CE484222325ull);
+    uint64_t sum = checksum(forward.h, bytes(c.h) * row_steps * hidden, 0xCBF29CE484222325ull);
     sum = checksum(forward.rho, row_bytes, sum), sum = checksum(backward.m2, row_bytes, sum);
-    sum = checksum(backward.dwx, bytes(c.sequences) * tokens * 2 * hidden, sum);
+    sum = checksum(backward.dwx, bytes(c.wx()) * tokens * 2 * hidden, sum);
     sum = checksum(backward.carry, 4 * rows * hidden, sum);
     sum = checksum(backward.dr, size * row_steps * 2 * hidden, sum);
     std::printf("%s: %016llx\n", label(c).c_str(), static_cast<unsigned long long>(sum));
@@ -197,28 +199,35 @@ void run(const Case& c, bool small) {
               c.steps, c.chunk, times[0], times[3], times[1], times[2], times[4]);
 }
 
+// Chunks as library_cuda.cpp takes them, or about so.
 const std::vector<Case> kTimed = {
     {"SLi-GRU bfloat16", 16, 1, 1000, 512, 250},
     {"SLi-GRU bfloat16", 16, 1, 4000, 512, 1000},
     {"SLi-GRU float16", 16, 1, 4000, 512, 1000, true, DType::kFloat16, DType::kFloat16},
-    {"bfloat16, float wx and h", 16, 1, 4000, 512, 1000, true, DType::kBFloat16, DType::kFloat32},
+    {"bfloat16, float h", 16, 1, 4000, 512, 1000, true, DType::kBFloat16, DType::kFloat32},
+    {"bfloat16, float wx and h", 16, 1, 4000, 512, 1000, true, DType::kBFloat16, DType::kFloat32,
+     Activation::kRelu, true},
     {"SLi-GRU bfloat16, tanh", 16, 1, 4000, 512, 1000, true, DType::kBFloat16, DType::kBFloat16,
      Activation::kTanh},
     {"Li-GRU bfloat16", 16, 1, 4000, 512, 1000, false},
     {"SLi-GRU bfloat16", 28, 2, 1000, 512, 250},
-    {"SLi-GRU bfloat16", 24, 2, 400, 1024, 100},
+    {"SLi-GRU bfloat16", 24, 2, 400, 1024, 400},
     {"SLi-GRU bfloat16", 24, 2, 1600, 1024, 400},
     {"SLi-GRU float16", 24, 2, 1600, 1024, 400, true, DType::kFloat16, DType::kFloat16},
-    {"bfloat16, float wx and h", 24, 2, 1600, 1024, 400, true, DType::kBFloat16, DType::kFloat32},
+    {"bfloat16, float h", 24, 2, 1600, 1024, 400, true, DType::kBFloat16, DType::kFloat32},
+    {"bfloat16, float wx and h", 24, 2, 1600, 1024, 400, true, DType::kBFloat16, DType::kFloat32,
+     Activation::kRelu, true},
     {"Li-GRU bfloat16", 24, 2, 1600, 1024, 400, false},
-    {"SLi-GRU bfloat16", 28, 2, 400, 1024, 100},
-    {"SLi-GRU bfloat16", 60, 2, 400, 1024, 100},
-    {"SLi-GRU bfloat16", 120, 2, 400, 1024, 100},
-    {"SLi-GRU float16", 120, 2, 400, 1024, 100, true, DType::kFloat16, DType::kFloat16},
-    {"bfloat16, float wx and h", 120, 2, 400, 1024, 100, true, DType::kBFloat16, DType::kFloat32},
-    {"Li-GRU bfloat16", 120, 2, 400, 1024, 100, false},
-    {"SLi-GRU bfloat16", 140, 2, 400, 1024, 100},
-    {"SLi-GRU bfloat16", 240, 2, 200, 1024, 50},
+    {"SLi-GRU bfloat16", 28, 2, 400, 1024, 400},
+    {"SLi-GRU bfloat16", 60, 2, 400, 1024, 300},
+    {"SLi-GRU bfloat16", 120, 2, 400, 1024, 150},
+    {"SLi-GRU float16", 120, 2, 400, 1024, 150, true, DType::kFloat16, DType::kFloat16},
+    {"bfloat16, float h", 120, 2, 400, 1024, 150, true, DType::kBFloat16, DType::kFloat32},
+    {"bfloat16, float wx and h", 120, 2, 400, 1024, 150, true, DType::kBFloat16, DType::kFloat32,
+     Activation::kRelu, true},
+    {"Li-GRU bfloat16", 120, 2, 400, 1024, 150, false},
+    {"SLi-GRU bfloat16", 140, 2, 400, 1024, 130},
+    {"SLi-GRU bfloat16", 240, 2, 200, 1024, 75},
     {"SLi-GRU bfloat16", 16, 1, 4000, 256, 1000},
     {"SLi-GRU bfloat16", 60, 1, 4000, 256, 1000},
     {"SLi-GRU bfloat16", 16, 1, 4000, 128, 1000},
@@ -231,10 +240,10 @@ const std::vector<Case> kTimed = {
     {"SLi-GRU float32", 28, 2, 1000, 512, 500, true, DType::kFloat32, DType::kFloat32},
     {"SLi-GRU float32", 16, 1, 4000, 256, 500, true, DType::kFloat32, DType::kFloat32},
     {"SLi-GRU float32", 16, 1, 4000, 128, 500, true, DType::kFloat32, DType::kFloat32},
-    {"SLi-GRU float32", 24, 2, 400, 1024, 100, true, DType::kFloat32, DType::kFloat32},
-    {"SLi-GRU float32", 24, 2, 1600, 1024, 100, true, DType::kFloat32, DType::kFloat32},
-    {"Li-GRU float32", 24, 2, 1600, 1024, 100, false, DType::kFloat32, DType::kFloat32},
-    {"SLi-GRU float32", 120, 2, 400, 1024, 50, true, DType::kFloat32, DType::kFloat32}};
+    {"SLi-GRU float32", 24, 2, 400, 1024, 400, true, DType::kFloat32, DType::kFloat32},
+    {"SLi-GRU float32", 24, 2, 1600, 1024, 400, true, DType::kFloat32, DType::kFloat32},
+    {"Li-GRU float32", 24, 2, 1600, 1024, 400, false, DType::kFloat32, DType::kFloat32},
+    {"SLi-GRU float32", 120, 2, 400, 1024, 100, true, DType::kFloat32, DType::kFloat32}};
 
 // Kernels of every size in both cells, with ReLU, the last cluster partly filled; those of the wide
 // forward kernel for other types and activations.
@@ -259,9 +268,10 @@ std::vector<Case> small_cases() {
         cases.push_back({name, 86, 2, 4, 1016, 4, layer_norm, type, type});
       }
     }
+  cases.push_back({"bfloat16, float h", 9, 1, 4, 1024, 4, true, DType::kBFloat16, DType::kFloat32});
   for (const int hidden : {512, 1024})
     cases.push_back({"bfloat16, float wx and h", 9, 1, 4, hidden, 4, true, DType::kBFloat16,
-                     DType::kFloat32, Activation::kTanh});
+                     DType::kFloat32, Activation::kTanh, true});
   return cases;
 }
 

@@ -19,14 +19,19 @@ void check_launch(cudaError_t error) {
                   "sb_fast_sligru: a kernel did not launch: ", cudaGetErrorString(error));
 }
 
+// A [2H, H] matrix less its column mean.
+Tensor centred(const Tensor& matrix, ScalarType type, cudaStream_t stream) {
+  const int64_t hidden = matrix.size(1);
+  const Tensor out = new_empty(matrix, {2 * hidden, hidden}, type);
+  check_launch(centre_columns(matrix.const_data_ptr(), dtype_of(matrix.scalar_type()),
+                              out.mutable_data_ptr(), dtype_of(type), hidden, stream));
+  return out;
+}
+
 // U as the products read it: centred when a LayerNorm follows, in the operand type.
 Tensor recurrent_operand(const Inputs& in, cudaStream_t stream) {
-  if (!in.layer_norm) return torch::stable::to(in.u, in.operand_type);
-  const Tensor uc = new_empty(in.u, {2 * in.hidden(), in.hidden()}, in.operand_type);
-  check_launch(centre_recurrent_weight(in.u.const_data_ptr(), dtype_of(in.u.scalar_type()),
-                                       uc.mutable_data_ptr(), dtype_of(in.operand_type),
-                                       in.hidden(), stream));
-  return uc;
+  return in.layer_norm ? centred(in.u, in.operand_type, stream)
+                       : torch::stable::to(in.u, in.operand_type);
 }
 
 struct CudaSteps {
@@ -131,11 +136,13 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
   const ScalarType fp32 = ScalarType::Float;
   auto nothing = [&] { return new_empty(in.wx, {0}, fp32); };
   Tensor grad_wx = new_empty(in.wx, {in.batch(), T, 2 * H}, in.wx.scalar_type());
-  Tensor grad_u = needs.u ? new_zeros(in.wx, {2 * H, H}, fp32) : nothing();
   Tensor grad_h0 = new_zeros(in.wx, {R, H}, fp32);
-  Tensor grad_ln = need_ln ? new_zeros(in.wx, {4 * H}, fp32) : nothing();
+  // Sums over the chunks; the first chunk's part is the first sum.
+  const bool empty = R == 0 || T == 0;
+  Tensor grad_u = needs.u && empty ? new_zeros(in.wx, {2 * H, H}, fp32) : nothing();
+  Tensor grad_ln = need_ln && empty ? new_zeros(in.wx, {4 * H}, fp32) : nothing();
 
-  if (R > 0 && T > 0) {
+  if (!empty) {
     const Tensor grad_h = aligned(grad_h_in), u = recurrent_operand(in, stream);
     const Tensor w_t = torch::stable::transpose(projection_operand(in, u), 0, 1);
     const auto* ln_weight = static_cast<const float*>(pointer(in.ln_weight));
@@ -170,6 +177,9 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
 
     for (int64_t end = T; end > 0; end -= chunk) {
       const int64_t begin = std::max<int64_t>(end - chunk, 0), count = end - begin, n = R * count;
+      const auto add = [&](Tensor& sum, const Tensor& part) {
+        sum = end == T ? part : torch::stable::subtract(sum, part, -1.0);
+      };
       const PersistentBackward p{in.recurrence(),
                                  kernel_u.const_data_ptr(),
                                  begin,
@@ -197,17 +207,16 @@ Gradients persistent_backward(const Inputs& in, const Tensor& grad_h_in, const T
         const Tensor part = new_empty(in.wx, {2 * H, H}, fp32);
         multiply(torch::stable::transpose(front(dr, n, 2 * H), 0, 1), front(h_previous, n, H),
                  part);
-        grad_u = torch::stable::subtract(grad_u, part, -1.0);
+        add(grad_u, part);
       }
       if (need_ln) {
-        const Tensor part = sum_rows(front(affine, affine_partials(R, count), 4 * H));
-        grad_ln = torch::stable::subtract(grad_ln, part, -1.0);
+        add(grad_ln, sum_rows(front(affine, affine_partials(R, count), 4 * H)));
       }
     }
   }
   if (needs.u) {
-    if (ln) grad_u = subtract_column_mean(grad_u);
-    grad_u = torch::stable::to(grad_u, in.u.scalar_type());
+    const ScalarType type = in.u.scalar_type();
+    grad_u = ln ? centred(grad_u, type, stream) : torch::stable::to(grad_u, type);
   }
   // Copies, so that the two gradients share no memory.
   auto half = [&](int64_t begin) {

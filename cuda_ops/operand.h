@@ -7,9 +7,9 @@
 
 namespace sb_fast_sligru {
 
-// out [2H, H] of operand_type = u [2H, H] of u_type less its column mean. u_type is operand_type,
-// or float32 beside a 16-bit operand_type.
-cudaError_t centre_recurrent_weight(const void* u, DType u_type, void* out, DType operand_type,
-                                    int64_t hidden, cudaStream_t stream);
+// out [2H, H] = matrix [2H, H] less its column mean. The matrix has the type of out, or is float32
+// beside a 16-bit out.
+cudaError_t centre_columns(const void* matrix, DType matrix_type, void* out, DType out_type,
+                           int64_t hidden, cudaStream_t stream);
 
 }  // namespace sb_fast_sligru

@@ -44,7 +44,7 @@ struct Shared {
   uint64_t barriers[kBuffers * kGroups + 1];
 };
 
-// kPlain: ReLU, wx and h of the operand type; the choice at run time takes 0.03 us a step.
+// kPlain: ReLU, wx of the operand type; the choice at run time takes 0.03 us a step.
 template <class T, bool kLayerNorm, bool kPlain>
 __global__ void __launch_bounds__(kWideThreads, 1)
     forward_wide_kernel(const __grid_constant__ PersistentForward p) {
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   // stores row w, lane i units 2i and 2i + 1, in whole lines. 16-bit h is read from the block's own
   // slot, float h from `states`, two buffers in turn.
   const Sequence outputs = h_sequence(layer, p.h);
-  const bool h_float = !kPlain && outputs.is_float();
+  const bool h_float = outputs.is_float();
   const Row output_row = locate_row(layer, row0 + warp);
   const bool stored = output_row.valid && block_unit0 + 2 * lane < hidden_size;
   char* output = const_cast<char*>(outputs.at(
@@ -422,8 +422,7 @@ cudaError_t launch_forward(const PersistentForward& p, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_forward(const PersistentForward& p, cudaStream_t stream) {
-  const bool plain = p.layer.activation == Activation::kRelu &&
-                     p.layer.wx_type != DType::kFloat32 && p.layer.output_type != DType::kFloat32;
+  const bool plain = p.layer.activation == Activation::kRelu && p.layer.wx_type != DType::kFloat32;
   return plain ? launch_forward<T, true>(p, stream) : launch_forward<T, false>(p, stream);
 }
 
