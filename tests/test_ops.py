@@ -835,6 +835,18 @@ def test_memory_of_the_backward_is_bounded_in_time(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_hundred_thousand_steps(dtype):
+    arguments = make_inputs((1, 100_000, 64), "sligru-affine-h0", bidirectional=True)
+    arguments["activation"] = "tanh"
+    upstream = upstream_for(arguments)
+    exact = run("stepwise", arguments, upstream, "cuda")
+    stepwise = run("stepwise", arguments, upstream, "cuda", dtype)
+    bounds = {key: 3 * relative_error(value, exact[key]) for key, value in stepwise.items()}
+    assert_close(run("persistent", arguments, upstream, "cuda", dtype), exact, bounds)
+
+
+@pytest.mark.gpu
 def test_choice_on_a_gpu():
     if torch.cuda.get_device_capability()[0] >= 9:
         for hidden, dtype in ((1024, torch.bfloat16), (1024, torch.half), (1024, torch.float32)):
