@@ -24,13 +24,13 @@ def row_key(row):
 
 
 def merged(old, new):
-    """The rows of two result files; those of `new` replace their like, unless skipped."""
+    """The rows of two result files; those of `new` replace their like, skipped ones only skipped."""
     result = {"runs": old["runs"] + new["runs"]}
     for part in ("rows", "accuracy"):
         rows = {row_key(row): row for row in old[part]}
         for row in new[part]:
             key = row_key(row)
-            if row["status"] != "skipped" or key not in rows:
+            if row["status"] != "skipped" or key not in rows or rows[key]["status"] == "skipped":
                 rows[key] = row | {"run": row["run"] + len(old["runs"])}
         result[part] = list(rows.values())
     used = sorted({row["run"] for part in ("rows", "accuracy") for row in result[part]})

@@ -119,6 +119,11 @@ def test_rows_beyond_the_budget_or_the_cap_say_so(bench_rnn, tmp_path):
         skipped = rows if option == "--budget" else [row for row in rows if row["time"] > 2]
         for row in skipped:
             assert row["status"] == "skipped" and row["reason"].startswith(reason)
+    # A later run's reason takes the place of an earlier one's.
+    arguments += ["--output", str(folder)]
+    assert bench_rnn.main([*arguments, "--budget", "0"]) == 0
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [row["reason"] for row in rows if row["time"] > 2] == ["--budget 0 s is spent"] * 4
 
 
 def test_prediction_follows_the_growth_of_shorter_lengths(bench_rnn):
