@@ -24,7 +24,7 @@ def row_key(row):
 
 
 def merged(old, new):
-    """The rows of two result files; those of `new` replace their like, skipped ones only skipped."""
+    """The rows of two result files; those of `new` replace their like, a skipped one only such."""
     result = {"runs": old["runs"] + new["runs"]}
     for part in ("rows", "accuracy"):
         rows = {row_key(row): row for row in old[part]}
