@@ -6,13 +6,12 @@
 // sleeps in wait().
 //
 // Memory order
-// - Data before flag. The landing of a message is a release on the mbarrier, and wait() acquires.
-// So
+// - Data before flag. The landing of a message is a release on the mbarrier, and wait() acquires:
 //   whoever returns from wait() sees every byte of the round. wait() acquires at the scope of the
 //   block, as NVIDIA's own libraries do for data that other blocks send: what is read then lies in
-//   the block's own shared memory, of which there are no copies. At the scope of the cluster, which
-//   the letter of the memory model asks for, it would invalidate the L1 cache every time, and with
-//   it slow the copies of wx and other streams down (benchmarks/README.md).
+//   the block's own shared memory, of which there are no copies. At the scope of the cluster,
+//   which the letter of the memory model asks for, it would invalidate the L1 cache every time,
+//   and with it slow the copies of wx and other streams down (benchmarks/README.md).
 // - Re-use of a buffer. A buffer is never written while a block may still read it, because each
 //   round is sent only after a later round has been received in full from every block of the
 //   cluster, and every block sends that later round after its last read of the buffer: its warps
