@@ -1,0 +1,30 @@
+// What of a GPU decides which kernels run on it. No CUDA headers, so that a GPU can be pretended.
+#pragma once
+
+namespace sb_fast_sligru {
+
+constexpr int kLargestCluster = 16;
+
+struct Gpu {
+  int capability;           // compute capability, 90 for 9.0
+  bool has_cluster_code;    // the library holds code with thread-block clusters for it
+  bool has_warpgroup_code;  // and with warpgroup products, which 9.0a alone has
+  int shared_bytes;         // shared memory that a block may ask for
+  // Clusters of so many blocks that run at once, each block with a multiprocessor to itself; 0 if
+  // the GPU has none of that size.
+  int clusters_of_4, clusters_of_8, clusters_of_16;
+
+  int clusters(int size) const {
+    return size == 4 ? clusters_of_4 : size == 8 ? clusters_of_8 : clusters_of_16;
+  }
+};
+
+// Blocks of the largest cluster that kernels may use: kLargestCluster unless the environment
+// variable SB_FAST_SLIGRU_MAX_CLUSTER asks for fewer; 0 if its value is not a number from 1 to
+// that. Read once.
+int largest_cluster();
+
+// The current device. The driver is asked once for each.
+const Gpu& current_gpu();
+
+}  // namespace sb_fast_sligru

@@ -1,0 +1,313 @@
+// The element kernels of recurrence.h on the CPU. Rows of the batch go to threads; within a row the
+// loops over the 2H gates are written so that the compiler vectorises them, for the widest vectors
+// of the machine that runs them: every entry point is compiled for baseline x86-64, AVX2 and
+// AVX-512 and the loader picks one.
+//
+// Each row is reduced by one thread in one order, so the same input gives the same bits whatever
+// the thread count.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "light_gru/recurrence.h"
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+#define VECTOR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define VECTOR_CLONES
+#endif
+
+// For lambdas: what is not inlined is not compiled for the clone that calls it.
+#define ALWAYS_INLINE __attribute__((always_inline))
+
+namespace sb_fast_sligru::cpu {
+namespace {
+
+// Below this many elements a thread costs more than it saves.
+constexpr int64_t kElementsPerThread = 4096;
+
+template <class F>
+void for_rows(int64_t begin, int64_t end, int64_t elements_per_row, const F& f) {
+  const int64_t grain =
+      std::max<int64_t>(kElementsPerThread / std::max<int64_t>(elements_per_row, 1), 1);
+  torch::stable::parallel_for(begin, end, grain, f);
+}
+
+template <class T>
+T* at(void* base, int64_t offset) {
+  return base == nullptr ? nullptr : static_cast<T*>(base) + offset;
+}
+
+template <class T>
+const T* at(const void* base, int64_t offset) {
+  return base == nullptr ? nullptr : static_cast<const T*>(base) + offset;
+}
+
+template <class T>
+SLIGRU_HD void copy_or_fill(const T* from, T value, int64_t n, T* to) {
+  if (from != nullptr) {
+    std::copy(from, from + n, to);
+  } else {
+    std::fill(to, to + n, value);
+  }
+}
+
+// sigmoid(x) = 1 / (1 + exp(-x)). For float, exp by range reduction and a polynomial (Cephes'
+// coefficients, accurate to float's own rounding), because libm's expf is a call and stops the loop
+// from vectorising.
+SLIGRU_HD double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
+SLIGRU_HD float sigmoid(float x) {
+  constexpr float kLog2E = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kRound =
+      12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
+  // Comparisons with NaN are false, so NaN stays NaN.
+  float v = -x;
+  v = v > 87.0f ? 87.0f : v;
+  v = v < -87.0f ? -87.0f : v;
+  const float k = (v * kLog2E + kRound) - kRound;
+  const float f = (v - k * kLn2High) - k * kLn2Low;
+  float p = 1.9875691500e-4f;
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.0f;
+  const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return 1.0f / (1.0f + p * scale);
+}
+
+// y = rho * r * weight + bias for one row, where the affine part may be absent.
+template <class T>
+SLIGRU_HD void normalise_row(const T* r, T rho, const T* weight, const T* bias, int64_t n, T* y) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) y[j] = r[j] * rho;
+  if (weight != nullptr) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) y[j] *= weight[j];
+  }
+  if (bias != nullptr) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) y[j] += bias[j];
+  }
+}
+
+template <class T, class Act>
+SLIGRU_HD void forward_rows(const ForwardStep& p, int64_t step, int64_t begin, int64_t end) {
+  const Recurrence& layer = p.layer;
+  const int64_t H = layer.hidden, D = layer.directions;
+  std::vector<T> scratch(3 * H);
+  T* y = scratch.data();  // [2H] normalised r, then U's part of the gates
+  T* mask = y + 2 * H;    // [H]
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t t = layer.time_of(row, step), b = row % layer.batch,
+                  direction = row / layer.batch;
+    const T* r = at<T>(p.r, row * p.r_row_stride);
+    for (int64_t j = 0; j < 2 * H; ++j) y[j] = r[j * p.r_unit_stride];
+
+    if (layer.layer_norm) {
+      T squares = 0;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t j = 0; j < 2 * H; ++j) squares += y[j] * y[j];
+      const T rho = T(1) / std::sqrt(squares / T(2 * H) + T(layer.eps));
+      at<T>(p.rho, row * layer.time)[t] = rho;
+      normalise_row(y, rho, at<T>(layer.ln_weight, 0), at<T>(layer.ln_bias, 0), 2 * H, y);
+    }
+    const T* wx = at<T>(layer.wx, b * layer.wx_batch_stride + t * layer.wx_time_stride);
+    copy_or_fill(at<T>(layer.drop_mask, row * H), T(1), H, mask);
+    T* state = at<T>(p.state, row * H);
+    T* h = at<T>(p.h, ((b * layer.time + t) * D + direction) * H);
+#pragma omp simd
+    for (int64_t j = 0; j < H; ++j) {
+      const T c = Act::value(wx[j] + y[j]) * mask[j];
+      const T z = sigmoid(wx[H + j] + y[H + j]);
+      state[j] = h[j] = next_hidden(state[j], z, c);
+    }
+  }
+}
+
+template <class T, class Act>
+SLIGRU_HD void backward_rows(const BackwardStep& p, int64_t step, int64_t begin, int64_t end) {
+  const Recurrence& layer = p.layer;
+  const int64_t H = layer.hidden, D = layer.directions, N = 2 * H;
+  std::vector<T> scratch(N + 2 * H);
+  T* y = scratch.data();   // [2H] normalised r, then U's part of the gates
+  T* previous = y + N;     // [H] h_{t-1}
+  T* mask = previous + H;  // [H]
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t direction = row / layer.batch, b = row % layer.batch,
+                  t = layer.time_of(row, step);
+    const int64_t towards_start = direction == 0 ? -1 : 1;  // from t to the time of h_{t-1}
+    const T* r = at<T>(p.r, row * N);
+    const T* rho_row = at<T>(p.rho, row * layer.time);
+    const T rho = layer.layer_norm ? rho_row[t] : T(1);
+    // base and product are zero before the first backward step; there is no later rho to read then.
+    const T rho_next =
+        layer.layer_norm && step < layer.time - 1 ? rho_row[t - towards_start] : T(1);
+
+    const T* h_previous =
+        step == 0 ? at<T>(layer.h0, row * H)
+                  : at<T>(p.h, ((b * layer.time + t + towards_start) * D + direction) * H);
+    copy_or_fill(h_previous, T(0), H, previous);
+    copy_or_fill(at<T>(layer.drop_mask, row * H), T(1), H, mask);
+    const T* weight = at<T>(layer.ln_weight, 0);
+    normalise_row(r, rho, weight, at<T>(layer.ln_bias, 0), N, y);
+
+    const T* wx = at<T>(layer.wx, b * layer.wx_batch_stride + t * layer.wx_time_stride);
+    const T* grad_h =
+        at<T>(p.grad_h, b * p.grad_h_batch_stride + t * p.grad_h_time_stride + direction * H);
+    const T* product = at<T>(p.product, row * H);
+    T* base = at<T>(p.base, row * H);
+    T* e = at<T>(p.e, row * N);
+#pragma omp simd
+    for (int64_t j = 0; j < H; ++j) {
+      const T d = grad_h[j] + base[j] + rho_next * product[j];
+      const CellGradient<T> g = cell_gradient(Act{}, d, previous[j], wx[j] + y[j],
+                                              sigmoid(wx[H + j] + y[H + j]), mask[j]);
+      e[j] = g.candidate;
+      e[H + j] = g.gate;
+      base[j] = g.direct;
+    }
+
+    if (p.grad_wx != nullptr) {
+      T* grad_wx = at<T>(p.grad_wx, (b * layer.time + t) * N);
+      // Two directions share wx: whichever comes to this time second adds to what the first wrote.
+      const bool second =
+          D == 2 && (direction == 0 ? t < layer.time - 1 - t : t >= layer.time - 1 - t);
+      if (second) {
+#pragma omp simd
+        for (int64_t j = 0; j < N; ++j) grad_wx[j] += e[j];
+      } else {
+        std::copy(e, e + N, grad_wx);
+      }
+    }
+    if (layer.layer_norm) {
+      T* grad_weight = at<T>(p.grad_ln_weight, row * N);
+      if (grad_weight != nullptr) {
+        T* grad_bias = at<T>(p.grad_ln_bias, row * N);
+#pragma omp simd
+        for (int64_t j = 0; j < N; ++j) {
+          grad_weight[j] += e[j] * (r[j] * rho);
+          grad_bias[j] += e[j];
+        }
+      }
+      if (weight != nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < N; ++j) e[j] *= weight[j];
+      }
+      // dr = rho (e - xh mean(e xh)), xh = rho r; mean(e) drops out because Uc is centred. rho is
+      // applied later.
+      T dot = 0;
+#pragma omp simd reduction(+ : dot)
+      for (int64_t j = 0; j < N; ++j) dot += e[j] * r[j];
+      const T factor = dot * rho / T(N) * rho;
+#pragma omp simd
+      for (int64_t j = 0; j < N; ++j) e[j] -= factor * r[j];
+    }
+    if (p.scaled != nullptr) {
+      T* scaled = at<T>(p.scaled, row * H);
+#pragma omp simd
+      for (int64_t j = 0; j < H; ++j) scaled[j] = rho * previous[j];
+    }
+  }
+}
+
+// One vectorised entry point a pass and type: the run-time activation becomes a template argument
+// inside it, so that everything below is inlined into, and compiled for, each clone.
+template <class T>
+SLIGRU_HD void forward_range(const ForwardStep& p, int64_t step, int64_t begin, int64_t end) {
+  with_activation(p.layer.activation, [&](auto act) ALWAYS_INLINE {
+    forward_rows<T, decltype(act)>(p, step, begin, end);
+  });
+}
+
+template <class T>
+SLIGRU_HD void backward_range(const BackwardStep& p, int64_t step, int64_t begin, int64_t end) {
+  with_activation(p.layer.activation, [&](auto act) ALWAYS_INLINE {
+    backward_rows<T, decltype(act)>(p, step, begin, end);
+  });
+}
+
+VECTOR_CLONES
+void forward_rows_float(const ForwardStep& p, int64_t step, int64_t begin, int64_t end) {
+  forward_range<float>(p, step, begin, end);
+}
+
+VECTOR_CLONES
+void forward_rows_double(const ForwardStep& p, int64_t step, int64_t begin, int64_t end) {
+  forward_range<double>(p, step, begin, end);
+}
+
+VECTOR_CLONES
+void backward_rows_float(const BackwardStep& p, int64_t step, int64_t begin, int64_t end) {
+  backward_range<float>(p, step, begin, end);
+}
+
+VECTOR_CLONES
+void backward_rows_double(const BackwardStep& p, int64_t step, int64_t begin, int64_t end) {
+  backward_range<double>(p, step, begin, end);
+}
+
+template <class T>
+void gather_steps(const GatherPrevious& p) {
+  const Recurrence& layer = p.layer;
+  const int64_t H = layer.hidden, R = layer.rows();
+  for_rows(0, p.steps * R, H, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t step = p.first_step + i / R, row = i % R;
+      const T* from = at<T>(layer.h0, row * H);
+      if (step > 0) {
+        const int64_t t = layer.time_of(row, step - 1);
+        from = at<T>(
+            p.h, ((row % layer.batch * layer.time + t) * layer.directions + row / layer.batch) * H);
+      }
+      copy_or_fill(from, T(0), H, at<T>(p.previous, i * H));
+    }
+  });
+}
+
+template <class T>
+void finish_rows(const FinishCarry& p) {
+  const Recurrence& layer = p.layer;
+  const int64_t H = layer.hidden;
+  for_rows(0, layer.rows(), H, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T rho = layer.layer_norm ? at<T>(p.rho, row * layer.time)[layer.time_of(row, 0)] : T(1);
+      const T* base = at<T>(p.base, row * H);
+      const T* product = at<T>(p.product, row * H);
+      T* grad_h0 = at<T>(p.grad_h0, row * H);
+      for (int64_t j = 0; j < H; ++j) grad_h0[j] = base[j] + rho * product[j];
+    }
+  });
+}
+
+}  // namespace
+
+void forward_step(const ForwardStep& p, int64_t step) {
+  const auto rows =
+      p.layer.output_type == DType::kFloat64 ? forward_rows_double : forward_rows_float;
+  for_rows(0, p.layer.rows(), 2 * p.layer.hidden,
+           [&](int64_t begin, int64_t end) { rows(p, step, begin, end); });
+}
+
+void gather_previous(const GatherPrevious& p) {
+  p.layer.output_type == DType::kFloat64 ? gather_steps<double>(p) : gather_steps<float>(p);
+}
+
+void backward_step(const BackwardStep& p, int64_t step) {
+  const auto rows =
+      p.layer.output_type == DType::kFloat64 ? backward_rows_double : backward_rows_float;
+  for_rows(p.first_row, p.last_row, 2 * p.layer.hidden,
+           [&](int64_t begin, int64_t end) { rows(p, step, begin, end); });
+}
+
+void finish_carry(const FinishCarry& p) {
+  p.layer.output_type == DType::kFloat64 ? finish_rows<double>(p) : finish_rows<float>(p);
+}
+
+}  // namespace sb_fast_sligru::cpu

@@ -1,0 +1,80 @@
+// What all persistent kernels share: the geometry of a cluster, and rows and sequences in memory.
+#pragma once
+
+#include "common/cluster_launch.cuh"
+#include "common/elementary.cuh"
+#include "common/exchange.cuh"
+#include "common/product.cuh"
+#include "common/shared_memory.cuh"
+#include "common/warp.cuh"
+#include "light_gru/persistent/persistent.h"
+
+namespace sb_fast_sligru {
+
+// A block owns 32 units, 8 a warp; a cluster serves 4 rows. The 8 columns of an m16n8k16 product
+// hold every row twice (column n is row n / 2), so that every lane of the accumulator owns one
+// valid value. Why 4 rows: the exchange, bound by bytes and messages into a block, is most of a
+// step. In 16-bit types there are blocks of two such parts, 64 units, too: see choice.h.
+constexpr int kRows = 4;
+constexpr int kWarps = 4;
+constexpr int kBlockUnits = 8 * kWarps;
+template <int kUnits>
+constexpr int kThreads = 32 * (kUnits / 8);  // of a block of so many units
+constexpr int kRingSteps = 4;                // time steps of input in flight
+
+// Ka, Kz, 1 - z and, with the norm, q and V: what the backward recurrence reads a unit and step.
+template <bool kLayerNorm>
+constexpr int kCoefficientStreams = kLayerNorm ? 5 : 3;
+
+struct Row {
+  int index;      // row of the state, h0, drop_mask, rho
+  int batch;      // batch entry
+  int direction;  // 0 forward, 1 backward in time
+  bool valid;     // false: repeats the last row, its results are not stored
+};
+
+__device__ __forceinline__ Row locate_row(const Recurrence& layer, int index) {
+  Row row;
+  const int rows = static_cast<int>(layer.rows()), batch = static_cast<int>(layer.batch);
+  row.valid = index < rows;
+  row.index = row.valid ? index : rows - 1;
+  row.direction = row.index >= batch;
+  row.batch = row.index - row.direction * batch;
+  return row;
+}
+
+// [B, T, n] with unit stride along n.
+struct Sequence {
+  const void* data;
+  DType type;  // float or the operand type
+  int64_t batch_stride, time_stride;
+
+  __device__ __forceinline__ bool is_float() const { return type == DType::kFloat32; }
+  __device__ __forceinline__ int bytes() const { return is_float() ? 4 : 2; }
+  // Address of [row, true time of step n, unit].
+  __device__ __forceinline__ const char* at(const Recurrence& layer, const Row& row, int64_t n,
+                                            int unit) const {
+    const int64_t element =
+        row.batch * batch_stride + layer.time_of(row.index, n) * time_stride + unit;
+    return static_cast<const char*>(data) + element * bytes();
+  }
+  // Bytes from the element of step n to that of step n + 1.
+  __device__ __forceinline__ int64_t step_bytes(const Row& row) const {
+    return (row.direction ? -time_stride : time_stride) * bytes();
+  }
+};
+
+__device__ __forceinline__ Sequence wx_sequence(const Recurrence& layer) {
+  return {layer.wx, layer.wx_type, layer.wx_batch_stride, layer.wx_time_stride};
+}
+
+__device__ __forceinline__ Sequence contiguous_sequence(const Recurrence& layer, const void* data,
+                                                        DType type, int64_t size) {
+  return {data, type, layer.time * size, size};
+}
+
+__device__ __forceinline__ Sequence h_sequence(const Recurrence& layer, const void* h) {
+  return contiguous_sequence(layer, h, layer.output_type, layer.directions * layer.hidden);
+}
+
+}  // namespace sb_fast_sligru
