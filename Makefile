@@ -33,7 +33,7 @@ GPU_ARCHS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>
 TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHS),9.0a)
 export TORCH_CUDA_ARCH_LIST
 
-CPP := $(wildcard cuda_ops/*.cpp cuda_ops/*.h cuda_ops/*.cu cuda_ops/*.cuh)
+CPP := $(shell find cuda_ops -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 SOURCES := setup.py pyproject.toml $(CPP)
 BUILT := $(STAMPS)/.built
 # Without a GPU the demo needs no CUDA code, which takes the longest to build.
@@ -90,7 +90,7 @@ sanitize: $(BUILT) build/bench_step
 build/bench_step: benchmarks/bench_step.cu $(CPP)
 	@mkdir -p build
 	nvcc -O3 -std=c++20 -gencode=arch=compute_$(STEP_ARCH),code=sm_$(STEP_ARCH) -Icuda_ops -o $@ \
-		$< $(wildcard cuda_ops/persistent*.cu)
+		$< cuda_ops/common/gpu.cu $(wildcard cuda_ops/light_gru/persistent/*.cu)
 
 # The library uses torch's stable ABI, so a file built with torch 2.11 must work with torch 2.13.
 test-stable-abi: $(BUILT) .venv-torch213/.installed

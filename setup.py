@@ -28,7 +28,12 @@ except ImportError:
 PACKAGE = "sb_fast_sligru"
 DEFAULT_ARCHS = "7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # what torch 2.10 offers, and no more
-CUDA_SOURCES = ["cuda_ops/library_cuda.cpp", *sorted(glob.glob("cuda_ops/*.cu"))]
+# A folder of cuda_ops/ is an operator: its *_cuda.cpp and *.cu make _C_cuda, its other *.cpp _C.
+CPP_SOURCES = sorted(glob.glob("cuda_ops/**/*.cpp", recursive=True))
+CPU_SOURCES = [path for path in CPP_SOURCES if not path.endswith("_cuda.cpp")]
+CUDA_SOURCES = [path for path in CPP_SOURCES if path.endswith("_cuda.cpp")]
+CUDA_SOURCES += sorted(glob.glob("cuda_ops/**/*.cu", recursive=True))
+INCLUDE = [os.path.abspath("cuda_ops")]
 
 
 def find_toolkit():
@@ -70,11 +75,13 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 
 def extensions():
-    host = ["-O3", "-fvisibility=hidden", *STABLE_ABI]
+    # An enumerator that a switch forgets is an error: kernels must not run as another.
+    host = ["-O3", "-fvisibility=hidden", "-Werror=switch", *STABLE_ABI]
     vectorise = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
     yield cpp_extension.CppExtension(
         f"{PACKAGE}._C",
-        ["cuda_ops/library.cpp", "cuda_ops/cpu.cpp"],
+        CPU_SOURCES,
+        include_dirs=INCLUDE,
         extra_compile_args={"cxx": host + vectorise},
         py_limited_api=True,
     )
@@ -83,6 +90,7 @@ def extensions():
         yield cpp_extension.CUDAExtension(
             f"{PACKAGE}._C_cuda",
             CUDA_SOURCES,
+            include_dirs=INCLUDE,
             extra_compile_args={"cxx": [*host, "-DUSE_CUDA"], "nvcc": ["-O3", *STABLE_ABI]},
             py_limited_api=True,
         )

@@ -1,4 +1,4 @@
-"""`python -m sb_fast_sligru.info`: what is installed and built, and which backend would run."""
+"""`python -m sb_fast_sligru.info`: what is installed and built, and which kernels would run."""
 
 import argparse
 import importlib.metadata
@@ -16,13 +16,24 @@ def _version(package):
         return "not installed"
 
 
-def report(hidden=512):
-    """Describe the installation and the backends for layers of `hidden` units.
+def _kernel(device, hidden, rows, dtype, direction):
+    choice = ops.choose_kernel(ops.gpu(device.index), hidden, rows, dtype, direction)
+    clusters = -(-rows // choice.rows)
+    return (
+        f"    {direction:<8} {choice.kernel}, {clusters} x {choice.cluster} blocks of "
+        f"{choice.units} units, up to {choice.rows} rows each ({choice.reason})"
+    )
+
+
+def report(hidden=512, rows=16):
+    """Describe the installation and what runs layers of `hidden` units.
 
     Arguments
     ---------
     hidden : int
         Hidden units H.
+    rows : int
+        Sequences of the batch, times 2 if bidirectional.
 
     Returns
     -------
@@ -52,15 +63,25 @@ def report(hidden=512):
         )
     if len(devices) == 1:
         lines.append("GPU             none is visible")
-    lines.append(f"Backend for H = {hidden}:")
-    for device in devices:
+    lines.append(f"Backend for H = {hidden}, {rows} rows:")
+    for device in map(torch.device, devices):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             name, reason = ops.choose_backend(device, hidden, dtype)
-            lines.append(f"  {device:<8} {str(dtype)[6:]:<9} {name} ({reason})")
+            lines.append(f"  {str(device):<8} {str(dtype)[6:]:<9} {name} ({reason})")
+            if name == "persistent":
+                passes = ("forward", "backward")
+                lines += [_kernel(device, hidden, rows, dtype, direction) for direction in passes]
     return lines
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m sb_fast_sligru.info", description=__doc__)
     parser.add_argument("--hidden", type=int, default=512, help="hidden units H (default 512)")
-    print("\n".join(report(parser.parse_args().hidden)))
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=16,
+        help="sequences of the batch, times 2 if bidirectional (default 16)",
+    )
+    arguments = parser.parse_args()
+    print("\n".join(report(arguments.hidden, arguments.rows)))

@@ -26,7 +26,7 @@ import torch
 from speechbrain.nnet import RNN as stock
 from torch import distributed, nn
 
-from . import ops
+from . import ops, reference
 
 __all__ = ["LiGRU", "LiGRU_Layer", "SLiGRU", "SLiGRU_Layer"]
 
@@ -41,8 +41,7 @@ class _LightGRULayer:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # The operator takes a name where SpeechBrain's loop calls `act`.
-        names = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.LeakyReLU: "leaky_relu"}
-        self.activation = names.get(type(self.act), "sin")
+        self.activation = _activation_name(self.act)
 
     def forward(self, x: torch.Tensor, hx: torch.Tensor | None = None) -> torch.Tensor:
         """Run the layer over whole sequences.
@@ -278,6 +277,14 @@ def _count_over_processes(norm, rows):
     count = torch.tensor(rows.shape[0], device=rows.device)
     distributed.all_reduce(count, group=norm.process_group)
     return int(count)
+
+
+def _activation_name(act):
+    """Return the operator's name for the activation that SpeechBrain's layer has chosen."""
+    for name, known in reference.ACTIVATIONS.items():
+        if act is known or (isinstance(act, nn.Module) and type(act) is type(known)):
+            return name
+    raise ValueError(f"nonlinearity: the operator has no activation like {act!r}")
 
 
 def _input_widths(rnn):

@@ -1,14 +1,17 @@
-// Library _C: the schemas of the two ops and their CPU implementation. Links no CUDA library; the
-// CUDA implementations live in _C_cuda (operator_cuda.cpp). Built against torch's stable ABI: one
-// file loads under any torch >= 2.10 and any Python.
+// Library _C, operator light_gru: its schemas, its CPU implementation, and the choice of a kernel for
+// any GPU. Links no CUDA library; the CUDA implementation is operator_cuda.cpp's, in _C_cuda. Built
+// against torch's stable ABI: one file loads under any torch >= 2.10 and any Python.
 //
-// light_gru           h [B, T, D * H] of u's dtype, and rho [R, T] (empty for Li-GRU), which the
-// backward wants light_gru_backward  gradients of wx, u, h0, ln_weight, ln_bias; empty where need_*
-// is false
+//   light_gru           -> h [B, T, D * H] of u's dtype; rho [R, T], empty for Li-GRU, for the backward
+//   light_gru_backward  -> gradients of wx, u, h0, ln_weight, ln_bias; empty where need_* is false
+//   light_gru_kernel    -> the line of choice.h's table that a GPU of these properties would take
 //
 // wx [B, T, 2H], u [2H, H], h0 and drop_mask [R, H], ln_* [2H]; see recurrence.h for the axes.
 // Matrix operands are rounded to operand_dtype; h0, drop_mask and ln_* come in the accumulation
 // type.
+#include "light_gru/operator.h"
+
+#include "light_gru/choice.h"
 #include "light_gru/sweep.h"
 
 namespace sb_fast_sligru {
@@ -28,11 +31,6 @@ struct CpuSteps {
   void finish_carry(const FinishCarry& p) const { cpu::finish_carry(p); }
 };
 
-void check_backend(const std::string& backend) {
-  STD_TORCH_CHECK(backend == "cpu", "backend: got \"", backend,
-                  "\", expected \"cpu\" for tensors on the CPU");
-}
-
 // The CPU computes 16-bit problems in float32 throughout: rounding the operands would cost time,
 // not save it.
 Inputs widen(Inputs in) {
@@ -42,57 +40,76 @@ Inputs widen(Inputs in) {
   return in;
 }
 
-std::tuple<Tensor, Tensor> light_gru_cpu(const Tensor& wx, const Tensor& u, OptionalTensor h0,
-                                         OptionalTensor drop_mask, OptionalTensor ln_weight,
-                                         OptionalTensor ln_bias, bool layer_norm, double eps,
-                                         std::string activation, bool bidirectional,
-                                         ScalarType operand_dtype, std::string backend) {
-  check_backend(backend);
-  const Inputs in = widen(check_inputs(wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, eps,
-                                       activation, bidirectional, operand_dtype));
-  auto [h, rho] = forward_sweep(in, CpuSteps{});
-  return {torch::stable::to(h, u.scalar_type()), rho};
-}
+struct Cpu {
+  static void check_backend(const std::string& backend) {
+    STD_TORCH_CHECK(backend == "cpu", "backend: got \"", backend,
+                    "\", expected \"cpu\" for tensors on the CPU");
+  }
 
-Gradients light_gru_backward_cpu(const Tensor& grad_h, const Tensor& wx, const Tensor& u,
-                                 OptionalTensor h0, OptionalTensor drop_mask,
-                                 OptionalTensor ln_weight, OptionalTensor ln_bias, bool layer_norm,
-                                 double eps, std::string activation, bool bidirectional,
-                                 ScalarType operand_dtype, std::string backend, const Tensor& h,
-                                 const Tensor& rho, bool need_wx, bool need_u, bool need_h0,
-                                 bool need_ln) {
-  check_backend(backend);
-  const Inputs in = widen(check_inputs(wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, eps,
-                                       activation, bidirectional, operand_dtype));
-  check_saved(in, grad_h, h, rho, u.scalar_type());
-  auto [grad_wx, grad_u, grad_h0, grad_ln_weight, grad_ln_bias] = backward_sweep(
-      in, torch::stable::to(grad_h, in.acc_type()), torch::stable::to(h, in.acc_type()), rho,
-      Needs{need_wx, need_u, need_h0, need_ln}, CpuSteps{});
-  return {torch::stable::to(grad_wx, wx.scalar_type()), torch::stable::to(grad_u, u.scalar_type()),
-          grad_h0, grad_ln_weight, grad_ln_bias};
+  static Outputs forward(const std::string& backend, const Inputs& in) {
+    check_backend(backend);
+    auto [h, rho] = forward_sweep(widen(in), CpuSteps{});
+    return {torch::stable::to(h, in.u.scalar_type()), rho};
+  }
+
+  static Gradients backward(const std::string& backend, const Inputs& in, const Saved& saved,
+                            Needs needs) {
+    check_backend(backend);
+    const Saved wide{torch::stable::to(saved.grad_h, in.acc_type()),
+                     torch::stable::to(saved.h, in.acc_type()), saved.rho};
+    auto [grad_wx, grad_u, grad_h0, grad_ln_weight, grad_ln_bias] =
+        backward_sweep(widen(in), wide, needs, CpuSteps{});
+    return {torch::stable::to(grad_wx, in.wx.scalar_type()),
+            torch::stable::to(grad_u, in.u.scalar_type()), grad_h0, grad_ln_weight, grad_ln_bias};
+  }
+};
+
+std::tuple<std::string, int64_t, int64_t, int64_t, std::string> light_gru_kernel(
+    int64_t hidden, int64_t rows, ScalarType operand_dtype, bool backward, int64_t capability,
+    bool has_cluster_code, bool has_warpgroup_code, int64_t shared_bytes, int64_t clusters_of_4,
+    int64_t clusters_of_8, int64_t clusters_of_16) {
+  Gpu gpu = {};
+  gpu.capability = static_cast<int>(capability);
+  gpu.has_cluster_code = has_cluster_code;
+  gpu.has_warpgroup_code = has_warpgroup_code;
+  gpu.shared_bytes = static_cast<int>(shared_bytes);
+  gpu.clusters_of_4 = static_cast<int>(clusters_of_4);
+  gpu.clusters_of_8 = static_cast<int>(clusters_of_8);
+  gpu.clusters_of_16 = static_cast<int>(clusters_of_16);
+  const KernelChoice choice = choose(hidden, std::max<int64_t>(rows, 1), dtype_of(operand_dtype),
+                                     backward ? Direction::kBackward : Direction::kForward, gpu);
+  return {name_of(choice.kernel), choice.cluster, choice.units, choice.rows, choice.reason};
 }
 
 }  // namespace
 }  // namespace sb_fast_sligru
 
-STABLE_TORCH_LIBRARY(sb_fast_sligru, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(sb_fast_sligru, m) {
   m.def(
-      "light_gru(Tensor wx, Tensor u, Tensor? h0, Tensor? drop_mask, Tensor? ln_weight, Tensor? "
-      "ln_bias, "
-      "bool layer_norm, float eps, str activation, bool bidirectional, ScalarType operand_dtype, "
-      "str backend) "
-      "-> (Tensor h, Tensor rho)");
+      "light_gru(Tensor wx, Tensor u, Tensor? h0, Tensor? drop_mask, Tensor? ln_weight, "
+      "Tensor? ln_bias, bool layer_norm, float eps, str activation, bool bidirectional, "
+      "ScalarType operand_dtype, str backend) -> (Tensor h, Tensor rho)");
   m.def(
       "light_gru_backward(Tensor grad_h, Tensor wx, Tensor u, Tensor? h0, Tensor? drop_mask, "
-      "Tensor? ln_weight, "
-      "Tensor? ln_bias, bool layer_norm, float eps, str activation, bool bidirectional, ScalarType "
-      "operand_dtype, "
-      "str backend, Tensor h, Tensor rho, bool need_wx, bool need_u, bool need_h0, bool need_ln) "
-      "-> (Tensor grad_wx, Tensor grad_u, Tensor grad_h0, Tensor grad_ln_weight, Tensor "
-      "grad_ln_bias)");
+      "Tensor? ln_weight, Tensor? ln_bias, bool layer_norm, float eps, str activation, "
+      "bool bidirectional, ScalarType operand_dtype, str backend, Tensor h, Tensor rho, "
+      "bool need_wx, bool need_u, bool need_h0, bool need_ln) "
+      "-> (Tensor grad_wx, Tensor grad_u, Tensor grad_h0, Tensor grad_ln_weight, "
+      "Tensor grad_ln_bias)");
+  m.def(
+      "light_gru_kernel(int hidden, int rows, ScalarType operand_dtype, bool backward, "
+      "int capability, bool has_cluster_code, bool has_warpgroup_code, int shared_bytes, "
+      "int clusters_of_4, int clusters_of_8, int clusters_of_16) "
+      "-> (str kernel, int cluster, int units, int rows, str reason)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sb_fast_sligru, CPU, m) {
-  m.impl("light_gru", TORCH_BOX(&sb_fast_sligru::light_gru_cpu));
-  m.impl("light_gru_backward", TORCH_BOX(&sb_fast_sligru::light_gru_backward_cpu));
+  using sb_fast_sligru::Cpu;
+  using sb_fast_sligru::Operator;
+  m.impl("light_gru", TORCH_BOX(&Operator<Cpu>::forward));
+  m.impl("light_gru_backward", TORCH_BOX(&Operator<Cpu>::backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sb_fast_sligru, CompositeExplicitAutograd, m) {
+  m.impl("light_gru_kernel", TORCH_BOX(&sb_fast_sligru::light_gru_kernel));
 }

@@ -1,59 +1,23 @@
 """The light-GRU recurrence as one differentiable function, `light_gru`, and its choice of backend.
 
 `light_gru` checks its arguments, settles the dtypes and calls the operator of the same name
-(`torch.ops.sb_fast_sligru.light_gru`, schema in cuda_ops/library.cpp) or, for the backend
+(`torch.ops.sb_fast_sligru.light_gru`, schema in cuda_ops/light_gru/operator.cpp) or, for the backend
 "reference", the plain PyTorch loop. Below it: fake kernels for torch.compile, then autograd.
 """
 
-import contextlib
 import functools
 import operator
-import warnings
+from typing import NamedTuple
 
 import torch
 
-from . import _library, reference
+from .. import _library, reference
+from ._backends import Gpu, choose, forced_backend, gpu, warn_once
 
-BACKENDS = ("auto", "reference", "cpu", "stepwise", "persistent")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-_forced_backend = "auto"
 
-
-# ---- backend choice
-
-
-@contextlib.contextmanager
-def backend(name):
-    """Force every `light_gru` call inside the `with` block onto one backend.
-
-    Arguments
-    ---------
-    name : str
-        "reference" (PyTorch loop: any device, differentiable twice), "cpu" (compiled, CPU tensors),
-        "stepwise" (CUDA: the time loop in C++), "persistent" (CUDA, sm_90 and newer: the whole
-        sequence in one kernel) or "auto". The setting is process-wide.
-
-    Raises
-    ------
-    ValueError
-        For an unknown name. A known backend that cannot serve a call raises in that call.
-
-    Example
-    -------
-    >>> with backend("reference"):
-    ...     h = light_gru(torch.rand(2, 5, 8), torch.rand(8, 4), layer_norm=True)
-    >>> h.shape
-    torch.Size([2, 5, 4])
-    """
-    global _forced_backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    previous, _forced_backend = _forced_backend, name
-    try:
-        yield
-    finally:
-        _forced_backend = previous
+# ---- the choice of backend and kernel
 
 
 def choose_backend(device, hidden, operand_dtype):
@@ -85,19 +49,9 @@ def choose_backend(device, hidden, operand_dtype):
     'cpu'
     """
     device = torch.device(device)
-    if _forced_backend == "reference":
-        return "reference", "forced"
-    obstacles = _obstacles(device, hidden, operand_dtype)
-    if _forced_backend != "auto":
-        obstacle = obstacles.get(_forced_backend, f"it does not serve {device.type} tensors")
-        if obstacle:
-            raise RuntimeError(f'backend("{_forced_backend}") is forced, but {obstacle}')
-        return _forced_backend, "forced"
-    for name, obstacle in obstacles.items():
-        if not obstacle:
-            rejected = [f"not {other}: {why}" for other, why in obstacles.items() if why]
-            return name, "; ".join(rejected) or "the fastest"
-    return "reference", next(iter(obstacles.values()), f"no kernels for {device.type} tensors")
+    if forced_backend() == "reference":  # whatever the device
+        return choose(device, {})
+    return choose(device, _obstacles(device, hidden, operand_dtype))
 
 
 def _obstacles(device, hidden, operand_dtype):
@@ -116,7 +70,9 @@ def _obstacles(device, hidden, operand_dtype):
 
 @functools.cache
 def _query_persistent(hidden, operand_dtype, device_index):
-    return torch.ops.sb_fast_sligru.persistent_obstacle(hidden, operand_dtype, device_index)
+    # Whether there is a kernel at all depends neither on the rows nor on the direction.
+    choice = choose_kernel(gpu(device_index), hidden, 1, operand_dtype, "forward")
+    return choice.reason if choice.kernel == "stepwise" else ""
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks while it traces and keeps the answer
@@ -124,16 +80,59 @@ def _persistent_obstacle(hidden, operand_dtype, device_index):
     return _query_persistent(hidden, operand_dtype, device_index)
 
 
-_warned = set()
+class Choice(NamedTuple):
+    """A kernel, how its work is laid over the GPU, and why it was taken."""
+
+    kernel: str
+    """"stepwise", or a family of the persistent backend, named as its files are."""
+    cluster: int
+    """Blocks of a cluster; for "stepwise" 0, as the next two."""
+    units: int
+    """Hidden units of a block."""
+    rows: int
+    """Rows (sequences of the batch, times directions) that a cluster serves, at most."""
+    reason: str
 
 
-def _warn_once(reason):
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(
-            f"sb_fast_sligru runs its slow PyTorch loop (same results): {reason}",
-            stacklevel=4,
+def choose_kernel(device, hidden, rows, operand_dtype, direction):
+    """The kernel that a pass of a layer runs on a GPU, unless a backend is forced.
+
+    The table is cuda_ops/light_gru/choice.h's; the launchers read the same.
+
+    Arguments
+    ---------
+    device : Gpu
+        `gpu(index)` for one that is there, or one that is pretended.
+    hidden : int
+        Hidden units H.
+    rows : int
+        Sequences of the batch, times 2 if bidirectional.
+    operand_dtype : torch.dtype
+    direction : str
+        "forward" or "backward": the pass.
+
+    Returns
+    -------
+    choice : Choice
+
+    Raises
+    ------
+    ValueError
+        For an unknown direction.
+
+    Example
+    -------
+    >>> a100 = Gpu(80, False, False, 163 * 1024, 0, 0, 0)
+    >>> choose_kernel(a100, 512, 16, torch.float16, "forward").kernel
+    'stepwise'
+    """
+    if direction not in ("forward", "backward"):
+        raise ValueError(f"direction: got {direction!r}, expected 'forward' or 'backward'")
+    return Choice(
+        *torch.ops.sb_fast_sligru.light_gru_kernel(
+            hidden, rows, operand_dtype, direction == "backward", *device
         )
+    )
 
 
 # ---- the function
@@ -205,20 +204,21 @@ def light_gru(
     >>> h.shape
     torch.Size([2, 5, 8])
     """
-    operand_dtype = _check(
-        wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, activation, bidirectional
-    )
+    tensors = {
+        "wx": wx,
+        "u": u,
+        "h0": h0,
+        "drop_mask": drop_mask,
+        "ln_weight": ln_weight,
+        "ln_bias": ln_bias,
+    }
+    operand_dtype = _check(tensors, layer_norm, activation, bidirectional)
     name, reason = choose_backend(wx.device, u.shape[1], operand_dtype)
     if name == "reference":
         if reason != "forced" and not torch.compiler.is_compiling():
-            _warn_once(reason)
+            warn_once(reason)
         return reference.light_gru(
-            wx,
-            u,
-            h0,
-            drop_mask,
-            ln_weight,
-            ln_bias,
+            **tensors,
             layer_norm=layer_norm,
             activation=activation,
             bidirectional=bidirectional,
@@ -254,17 +254,10 @@ def _accumulation_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check(wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, activation, bidirectional):
+def _check(tensors, layer_norm, activation, bidirectional):
     """Raise ValueError for a bad argument; return the dtype of the matrix products' operands."""
-    named = {
-        "wx": wx,
-        "u": u,
-        "h0": h0,
-        "drop_mask": drop_mask,
-        "ln_weight": ln_weight,
-        "ln_bias": ln_bias,
-    }
-    for name, t in named.items():
+    wx, u, drop_mask = tensors["wx"], tensors["u"], tensors["drop_mask"]
+    for name, t in tensors.items():
         if t is None and name not in ("wx", "u"):
             continue
         if not isinstance(t, torch.Tensor):
@@ -284,14 +277,14 @@ def _check(wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, activation, bid
         )
     rows = wx.shape[0] * (2 if bidirectional else 1)
     for name in ("h0", "drop_mask"):
-        t = named[name]
+        t = tensors[name]
         if t is not None and (t.ndim != 2 or t.shape[0] not in (1, rows) or t.shape[1] != hidden):
             raise ValueError(
                 f"{name}: got shape {tuple(t.shape)}, expected [{rows}, {hidden}] "
                 f"({'2B' if bidirectional else 'B'} rows) or [1, {hidden}]"
             )
     for name in ("ln_weight", "ln_bias"):
-        t = named[name]
+        t = tensors[name]
         if t is not None and not layer_norm:
             raise ValueError(f"{name}: given, but layer_norm is False")
         if t is not None and t.shape != (2 * hidden,):
@@ -320,9 +313,13 @@ def _check(wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, activation, bid
 # ---- fake kernels (torch.compile) and autograd
 
 
-def _light_gru_fake(
-    wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, eps, activation, bidirectional, *_
-):
+# Of the schemas in cuda_ops/light_gru/operator.cpp: the tensors, then the options of the layer.
+_TENSORS = 6
+_OPTIONS = 6
+
+
+def _light_gru_fake(wx, u, *rest):
+    layer_norm, _, _, bidirectional, *_ = rest[_TENSORS - 2 :]
     directions = 2 if bidirectional else 1
     batch, time = wx.shape[:2]
     h = wx.new_empty(batch, time, directions * u.shape[1], dtype=u.dtype)
@@ -330,8 +327,8 @@ def _light_gru_fake(
     return h, wx.new_empty(rows, time, dtype=_accumulation_dtype(u.dtype))
 
 
-def _light_gru_backward_fake(grad_h, wx, u, h0, drop_mask, ln_weight, ln_bias, layer_norm, *rest):
-    bidirectional = rest[2]
+def _light_gru_backward_fake(grad_h, wx, u, *rest):
+    layer_norm, _, _, bidirectional, *_ = rest[_TENSORS - 2 :]
     need_wx, need_u, need_h0, need_ln = rest[-4:]
     acc_dtype = _accumulation_dtype(u.dtype)
     rows = wx.shape[0] * (2 if bidirectional else 1)
@@ -350,7 +347,7 @@ def _light_gru_backward_fake(grad_h, wx, u, h0, drop_mask, ln_weight, ln_bias, l
 
 
 def _setup_context(ctx, inputs, output):
-    tensors, ctx.options = inputs[:6], inputs[6:]
+    tensors, ctx.options = inputs[:_TENSORS], inputs[_TENSORS:]
     h, rho = output
     ctx.save_for_backward(*tensors, h, rho)
     ctx.mark_non_differentiable(rho)
@@ -359,9 +356,9 @@ def _setup_context(ctx, inputs, output):
 
 def _light_gru_backward(ctx, grad_h, _):
     if grad_h is None:
-        return (None,) * 12
+        return (None,) * (_TENSORS + _OPTIONS)
     *tensors, h, rho = ctx.saved_tensors
-    wx, u, h0, _, ln_weight, ln_bias = ctx.needs_input_grad[:6]
+    wx, u, h0, _, ln_weight, ln_bias = ctx.needs_input_grad[:_TENSORS]
     grads = torch.ops.sb_fast_sligru.light_gru_backward(
         grad_h, *tensors, *ctx.options, h, rho, wx, u, h0, ln_weight or ln_bias
     )
@@ -369,7 +366,7 @@ def _light_gru_backward(ctx, grad_h, _):
         g if wanted else None
         for g, wanted in zip(grads, (wx, u, h0, ln_weight, ln_bias), strict=True)
     )
-    return (grad_wx, grad_u, grad_h0, None, grad_ln_weight, grad_ln_bias, *(None,) * 6)
+    return (grad_wx, grad_u, grad_h0, None, grad_ln_weight, grad_ln_bias, *(None,) * _OPTIONS)
 
 
 def _no_second_derivative(ctx, *grads):

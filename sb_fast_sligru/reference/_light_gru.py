@@ -12,12 +12,15 @@ arXiv 1803.10225; SpeechBrain's `SLiGRU_Layer` and `LiGRU_Layer`):
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+# By the names that the operator knows them by (cuda_ops/common/activation.h): the modules and the
+# function that SpeechBrain's layers hold as `act`.
 ACTIVATIONS = {
-    "relu": torch.relu,
-    "tanh": torch.tanh,
+    "relu": nn.ReLU(),
+    "tanh": nn.Tanh(),
     "sin": torch.sin,
-    "leaky_relu": F.leaky_relu,
+    "leaky_relu": nn.LeakyReLU(),
 }
 
 

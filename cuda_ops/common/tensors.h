@@ -1,0 +1,94 @@
+// Tensors through torch's stable ABI: what every operator's host code needs of them. Only files that
+// end in operator.cpp or operator_cuda.cpp, and what they include, see tensors.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/types.h"
+
+namespace sb_fast_sligru {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::string describe(const Tensor& t) {
+  std::string text = std::string(torch::headeronly::toString(t.scalar_type())) + " [";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+inline ScalarType accumulation_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline DType dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      return DType::kFloat16;
+  }
+}
+
+inline Tensor with_unit_last_stride(const Tensor& t) {
+  return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor new_empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+inline Tensor new_zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_zeros(like, sizes, type);
+}
+
+inline const void* pointer(const OptionalTensor& t) {
+  return t.has_value() ? t->const_data_ptr() : nullptr;
+}
+
+// out = a b. For 16-bit operands `out` may be float32, which the accumulator then reaches
+// unrounded.
+inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  if (a.scalar_type() == out.scalar_type()) {
+    std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    to<Tensor>(stack[0]);  // takes the returned reference back
+  } else {
+    std::array<StableIValue, 4> stack{from(a), from(b), from(out.scalar_type()), from(out)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+    to<Tensor>(stack[0]);
+  }
+}
+
+inline Tensor sum_rows(const Tensor& t, bool keepdim = false) {
+  const std::vector<int64_t> first_axis{0};
+  return torch::stable::sum(t, torch::headeronly::IntHeaderOnlyArrayRef(first_axis), keepdim);
+}
+
+inline Tensor subtract_column_mean(const Tensor& t) {
+  return torch::stable::subtract(t, sum_rows(t, /*keepdim=*/true),
+                                 1.0 / static_cast<double>(t.size(0)));
+}
+
+}  // namespace sb_fast_sligru

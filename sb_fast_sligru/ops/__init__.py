@@ -1,0 +1,19 @@
+"""The compiled operators: one function each, differentiable, with their choice of backend.
+
+A file holds an operator: its function, fake kernels, autograd, and what chooses its backend and
+kernel. `backend` forces that choice for all of them.
+"""
+
+from ._backends import BACKENDS, Gpu, backend, gpu
+from ._light_gru import Choice, choose_backend, choose_kernel, light_gru
+
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "Gpu",
+    "backend",
+    "choose_backend",
+    "choose_kernel",
+    "gpu",
+    "light_gru",
+]

@@ -1,0 +1,5 @@
+"""The operators as plain PyTorch: what every compiled kernel is tested against, and the fallback."""
+
+from ._light_gru import ACTIVATIONS, light_gru
+
+__all__ = ["ACTIVATIONS", "light_gru"]
