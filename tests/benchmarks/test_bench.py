@@ -11,7 +11,8 @@ import torch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+ROOT = next(p for p in Path(__file__).resolve().parents if (p / "pyproject.toml").is_file())
+FOLDER = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +267,7 @@ def test_every_contender_runs_on_a_gpu(bench_rnn, tmp_path):
 
 def test_the_readme_shows_the_committed_results(bench_rnn):
     report = sys.modules["bench_report"]
-    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = re.search(f"{report.BEGIN}.*{report.END}", readme, re.DOTALL)[0]
     (name,) = re.findall(r"!\[Time against.*\]\(benchmarks/results/(\S+)\.png\)", readme)
     results = report.read_results(FOLDER / "results" / f"{name}.json")
