@@ -1,11 +1,11 @@
 """Result files of bench_rnn.py: merging, tables, the plot, and the comparison of two of them.
 
-python benchmarks/bench_report.py RESULTS.json README.md    # renew the README's measured table
+python benchmarks/bench_report.py    # renew the front page's table from the committed results
 """
 
 import json
 import math
-import sys
+import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -255,39 +255,110 @@ def plot(rows, path):
     figure.savefig(path, dpi=130)
 
 
-# ---- the README's table
+# ---- the front page's table
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-README_COLUMNS = (("A", 500), ("A", 1000), ("A", 3000), ("B", 400), ("C", 400))
-README_PRECISIONS = ("fp32", "bf16", "fp16")
+README_CASE, README_TIME = "A", 1000
+# Name, contenders of bench_rnn.py, implementation in a report of compare_epoch_time.py.
+README_ROWS = (
+    ("SLi-GRU, ours", ("ours-persistent",), "ours"),
+    ("SLi-GRU, SpeechBrain's (stock)", ("stock-eager",), "stock"),
+    ("the same, replayed as a CUDA graph", ("stock-graph",), None),
+    ("cuDNN's fastest", ("cudnn-lstm-static", "cudnn-lstm", "cudnn-gru"), "torch"),
+)
+README_COLUMNS = {"16-bit": ("bf16", "fp16"), "float32": ("fp32",)}
 
 
-def readme_block(results):
-    """What stands between the README's marks: SLi-GRU and cuDNN's networks, by contender."""
-    lines = {}
-    for row in results["rows"]:
-        column = (row["case"], row["time"])
-        wanted = column in README_COLUMNS and row["precision"] in README_PRECISIONS
-        if wanted and row["cell"] != "ligru" and row["status"] == "measured":
-            line = lines.setdefault((row["contender"], row["precision"]), {})
-            line.setdefault(column, {})[row["pass"]] = number(row["median_ms"])
+def read_front_page_results():
+    """The result file and the two epoch reports (plain, augmented) that the front page shows."""
+    names = ("nvidia-h200-epoch-time.json", "nvidia-h200-epoch-time-augmented.json")
+    reports = [json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names]
+    return read_results(RESULTS / "nvidia-h200.json"), *reports
+
+
+def for_people(seconds):
+    """A duration to the minute, or below 100 s with three digits."""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
+def change(report, cell, precision):
+    """An epoch with ours and with SpeechBrain's RNN, as in "1 min instead of 2 min"."""
+    seconds = {
+        variant["implementation"]: variant["epoch_seconds"]
+        for variant in report["variants"]
+        if (variant["cell"], variant["precision"]) == (cell, precision)
+    }
+    return f"{for_people(seconds['ours'])} instead of {for_people(seconds['stock'])}"
+
+
+def readme_block(results, plain, augmented):
+    """What stands between the front page's marks: the fastest of each kind, and what it is."""
+    passes = [
+        row
+        for row in results["rows"]
+        if (row["case"], row["time"]) == (README_CASE, README_TIME)
+        and (row["pass"], row["status"]) == ("training", "measured")
+        and row["cell"] != "ligru"
+    ]
+    epochs = [variant for variant in plain["variants"] if variant["cell"] != "Li-GRU"]
     body = []
-    for key, line in lines.items():
-        columns = (line.get(column, {}) for column in README_COLUMNS)
-        body.append([*key, *(" / ".join(c.get(which, "-") for which in PASSES) for c in columns)])
-    headers = ["network", "precision", *(f"{case}, L={time}" for case, time in README_COLUMNS)]
-    table = tabulate(body, headers, "github", disable_numparse=True, stralign="right")
-    return f"{BEGIN}\n{describe_runs(results['runs'])}\n\n{table}\n{END}"
+    for name, contenders, implementation in README_ROWS:
+        timed = [(row["median_ms"], row) for row in passes if row["contender"] in contenders]
+        line = [name, *_fastest(timed, lambda ms: f"{number(ms)} ms")]
+        timed = [(e["epoch_seconds"], e) for e in epochs if e["implementation"] == implementation]
+        body.append(line + _fastest(timed, for_people))
+    headers = ["", *(f"{what}, {name}" for what in ("pass", "epoch") for name in README_COLUMNS)]
+    table = tabulate(body, headers, "github", disable_numparse=True)
+    return f"{BEGIN}\n{table}\n\n{_how_measured(passes[0], plain, augmented)}\n{END}"
 
 
-def renew_readme(results_path, readme_path):
-    """Replace the text between the marks in `readme_path`; ValueError if they are not there."""
-    text = Path(readme_path).read_text(encoding="utf-8")
+def _fastest(timed, shown):
+    """A cell for each column: the least time of (time, row), and of what if not as all others."""
+    cells = []
+    for precisions in README_COLUMNS.values():
+        found = [(time, row) for time, row in timed if row["precision"] in precisions]
+        if not found:
+            cells.append("not measured")
+            continue
+        time, row = min(found, key=lambda pair: pair[0])
+        what = ["fp16"] if row["precision"] == "fp16" else []
+        what += [row["cell"].upper()] if row["cell"] not in ("sligru", "SLi-GRU") else []
+        cells.append(shown(time) + (f" ({' '.join(what)})" if what else ""))
+    return cells
+
+
+def _how_measured(row, plain, augmented):
+    data = plain["data"]
+    sentences = (
+        f"Each on one {plain['machine']['gpu']}; 16-bit is bfloat16 but where fp16 stands, float32 "
+        "is without TF32.",
+        f"*Pass*: forward and backward through {row['layers']} layers of {row['hidden']} units, "
+        f"{row['batch']} sequences of {row['time']} steps "
+        "([every row](benchmarks/results/nvidia-h200.md)).",
+        f"*Epoch*: the attention recipe on {data['audio_seconds_in_epoch'] / 3600:.0f} h of "
+        f"simulated speech of LibriSpeech's lengths, estimated from {data['batches']} of "
+        f"{data['batches_in_epoch']} batches, without augmentation "
+        "([report](benchmarks/results/nvidia-h200-epoch-time.md));",
+        f"with it {change(augmented, 'SLi-GRU', 'bf16')} in 16-bit "
+        "([report](benchmarks/results/nvidia-h200-epoch-time-augmented.md)).",
+        "cuDNN has no SLi-GRU; the fastest of its LSTMs and GRUs stands in the last row.",
+    )
+    return textwrap.fill(" ".join(sentences), 100, break_long_words=False, break_on_hyphens=False)
+
+
+def renew_readme(path):
+    """Replace the text between the marks in the file `path`; ValueError if they are not there."""
+    text = path.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme_path}: expected one {BEGIN} and one {END}")
+        raise ValueError(f"{path}: expected one {BEGIN} and one {END}")
     before, _, rest = text.partition(BEGIN)
-    block = readme_block(read_results(results_path))
-    write_text(Path(readme_path), before + block + rest.partition(END)[2])
+    block = readme_block(*read_front_page_results())
+    write_text(path, before + block + rest.partition(END)[2])
 
 
 # ---- comparison of two files
@@ -331,6 +402,4 @@ def metrics(row):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    renew_readme(*sys.argv[1:])
+    renew_readme(ROOT / "README.md")

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import torch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+ROOT = next(p for p in Path(__file__).resolve().parents if (p / "pyproject.toml").is_file())
+FOLDER = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -264,10 +264,30 @@ def test_every_contender_runs_on_a_gpu(bench_rnn, tmp_path):
     }
 
 
-def test_the_readme_shows_the_committed_results(bench_rnn):
-    report = sys.modules["bench_report"]
-    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    shown = re.search(f"{report.BEGIN}.*{report.END}", readme, re.DOTALL)[0]
-    (name,) = re.findall(r"!\[Time against.*\]\(benchmarks/results/(\S+)\.png\)", readme)
-    results = report.read_results(FOLDER / "results" / f"{name}.json")
-    assert shown == report.readme_block(results)
+# ---- the front page
+
+
+def test_front_page_is_renewed_between_its_marks(bench_rnn, tmp_path):
+    report = bench_rnn.bench_report
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before {report.BEGIN}old{report.END} after", encoding="utf-8")
+    report.renew_readme(readme)
+    block = report.readme_block(*report.read_front_page_results())
+    assert readme.read_text(encoding="utf-8") == f"before {block} after"
+    readme.write_text("no marks", encoding="utf-8")
+    with pytest.raises(ValueError, match="expected one"):
+        report.renew_readme(readme)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (14.27, "14.3 s"),
+        (100, "2 min"),
+        (3569, "59 min"),
+        (3571, "1 h 00 min"),
+        (12740, "3 h 32 min"),
+    ],
+)
+def test_durations_for_people(bench_rnn, seconds, shown):
+    assert bench_rnn.bench_report.for_people(seconds) == shown
