@@ -79,7 +79,7 @@ STEP_ARCH := $(firstword $(subst ;, ,$(subst .,,$(TORCH_CUDA_ARCH_LIST))))
 sanitize: $(BUILT) build/bench_step
 	@echo "== Small cases of the kernels under compute-sanitizer (racecheck: up to half an hour)"
 	$(SANITIZER) memcheck --kernel-name kns=sb_fast_sligru \
-		$(RUN) -m pytest -m gpu tests/test_ops.py -k same_input_same_bits
+		$(RUN) -m pytest -m gpu tests/ops -k same_input_same_bits
 	$(SANITIZER) memcheck build/bench_step small
 	$(SANITIZER) initcheck build/bench_step small
 	build/bench_step small > build/small.txt
@@ -95,7 +95,7 @@ build/bench_step: benchmarks/bench_step.cu $(CPP)
 # The library uses torch's stable ABI, so a file built with torch 2.11 must work with torch 2.13.
 test-stable-abi: $(BUILT) .venv-torch213/.installed
 	@echo "== Operator tests of the same library under torch 2.13"
-	PYTHONPATH=. .venv-torch213/bin/python -m pytest tests/test_ops.py
+	PYTHONPATH=. .venv-torch213/bin/python -m pytest tests/ops
 
 lint: $(INSTALLED)
 	@echo "== Style"

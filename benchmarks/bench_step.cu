@@ -1,9 +1,8 @@
 // Times the persistent kernels alone, without torch: microseconds a time step of each launch, on
-// random inputs. The figures of benchmarks/README.md.
+// random inputs. The figures of benchmarks/NOTEBOOK.md.
 //
-//   nvcc -O3 -std=c++20 -gencode=arch=compute_90a,code=sm_90a -Icuda_ops -o bench_step
-//        benchmarks/bench_step.cu cuda_ops/persistent*.cu
-//   ./bench_step
+//   make build/bench_step
+//   build/bench_step
 //
 // `./bench_step small [PART]` launches the kernels once on small inputs (PART of a space and the
 // printed line, such as "float32, H = 512" or " Li-GRU", chooses) and prints a checksum of what it
@@ -21,7 +20,7 @@
 #include <string>
 #include <vector>
 
-#include "persistent.h"
+#include "light_gru/persistent/persistent.h"
 
 using namespace sb_fast_sligru;
 
@@ -138,7 +137,7 @@ void run(const Case& c, bool small) {
   };
   const size_t rows = size_t{1} * c.batch * c.directions, hidden = c.hidden;
   const size_t tokens = size_t{1} * c.batch * c.steps, row_steps = rows * c.chunk;
-  const size_t padded = padded_hidden(c.hidden), size = bytes(c.operand);
+  const size_t size = bytes(c.operand);
 
   Recurrence layer = {};
   layer.batch = c.batch, layer.time = c.steps, layer.hidden = c.hidden;
@@ -154,11 +153,14 @@ void run(const Case& c, bool small) {
   forward.u = random(c.operand, 2 * hidden * hidden, 1.8f / std::max(c.hidden / 16, 1));
   forward.h = arena.take(tokens * c.directions * hidden * bytes(c.h));
   forward.rho = c.layer_norm ? arena.floats(rows * c.steps) : nullptr;
+  forward.choice = choose(hidden, rows, c.operand, Direction::kForward, current_gpu());
 
   PersistentBackward backward = {};
   backward.layer = layer;
   backward.u = forward.u, backward.h = forward.h, backward.rho = forward.rho;
-  if (const int64_t packed = packed_bytes(c.hidden, c.operand)) {
+  backward.choice = choose(hidden, rows, c.operand, Direction::kBackward, current_gpu());
+  const size_t padded = backward.choice.padded_hidden();
+  if (const int64_t packed = packed_bytes(backward.choice.kernel)) {
     const auto* u = static_cast<const float*>(forward.u);
     forward.u = arena.take(packed), backward.u = arena.take(packed);
     check(pack_forward(u, const_cast<void*>(forward.u), c.hidden, nullptr));
@@ -195,11 +197,12 @@ void run(const Case& c, bool small) {
     std::printf("%s: %016llx\n", label(c).c_str(), static_cast<unsigned long long>(sum));
     return;
   }
-  std::printf("%-26s %4zu %5d %5d %5d  %7.3f %7.3f  %7.3f %7.3f %7.3f\n", c.name, rows, c.hidden,
-              c.steps, c.chunk, times[0], times[3], times[1], times[2], times[4]);
+  std::printf("%-26s %4zu %5d %5d %5d  %7.3f %7.3f  %7.3f %7.3f %7.3f  %s, %s\n", c.name, rows,
+              c.hidden, c.steps, c.chunk, times[0], times[3], times[1], times[2], times[4],
+              name_of(forward.choice.kernel), name_of(backward.choice.kernel));
 }
 
-// Chunks as library_cuda.cpp takes them, or about so.
+// Chunks as persistent/sweep.h takes them, or about so.
 const std::vector<Case> kTimed = {
     {"SLi-GRU bfloat16", 16, 1, 1000, 512, 250},
     {"SLi-GRU bfloat16", 16, 1, 4000, 512, 1000},
@@ -287,7 +290,7 @@ int main(int argc, char** argv) {
   check(cudaGetDeviceProperties(&device, 0));
   std::printf("%s; us a step, launch included\n", device.name);
   std::printf("%-26s %4s %5s %5s %5s  %7s %7s  %7s %7s %7s\n", "", "rows", "H", "T", "chunk",
-              "forward", "backward", "gather", "prepare", "finish");
+              "forward", "backward", "gather", "prepare", "finish  kernels");
   for (const Case& c : kTimed) run(c, false);
   return 0;
 }

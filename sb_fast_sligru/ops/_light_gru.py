@@ -1,8 +1,9 @@
 """The light-GRU recurrence as one differentiable function, `light_gru`, and its choice of backend.
 
 `light_gru` checks its arguments, settles the dtypes and calls the operator of the same name
-(`torch.ops.sb_fast_sligru.light_gru`, schema in cuda_ops/light_gru/operator.cpp) or, for the backend
-"reference", the plain PyTorch loop. Below it: fake kernels for torch.compile, then autograd.
+(`torch.ops.sb_fast_sligru.light_gru`, schema in cuda_ops/light_gru/operator.cpp) or, for the
+backend "reference", the plain PyTorch loop. Below it: fake kernels for torch.compile, then
+autograd.
 """
 
 import functools
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .. import _library, reference
-from ._backends import Gpu, choose, forced_backend, gpu, warn_once
+from ._backends import choose, forced_backend, gpu, warn_once
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

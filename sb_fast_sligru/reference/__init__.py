@@ -1,4 +1,4 @@
-"""The operators as plain PyTorch: what every compiled kernel is tested against, and the fallback."""
+"""The operators as plain PyTorch: what compiled kernels are tested against, and the fallback."""
 
 from ._light_gru import ACTIVATIONS, light_gru
 

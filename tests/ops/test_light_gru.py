@@ -13,6 +13,7 @@ import torch
 from conftest import relative_error
 
 from sb_fast_sligru import _library, backend, info, ops, reference
+from sb_fast_sligru.ops import _light_gru
 
 # Backend, its device and the dtype that a test of more than rounding uses on it.
 CPU = pytest.param("cpu", "cpu", torch.float64, id="cpu")
@@ -736,7 +737,7 @@ def test_reason_why_a_gpu_layer_is_not_persistent(monkeypatch):
     """As choose_backend words it; test_choice_on_a_gpu asks the kernels themselves."""
     reasons = {torch.float32: "", torch.float64: "it takes no float64"}
     monkeypatch.setattr(_library, "cuda_error", None)
-    monkeypatch.setattr(ops, "_query_persistent", lambda hidden, dtype, device: reasons[dtype])
+    monkeypatch.setattr(_light_gru, "_query_persistent", lambda _, dtype, device: reasons[dtype])
     assert ops.choose_backend("cuda:0", 512, torch.float32) == ("persistent", "the fastest")
     double = ops.choose_backend("cuda:0", 512, torch.float64)
     assert double == ("stepwise", "not persistent: it takes no float64")
@@ -952,7 +953,8 @@ def test_offsets_past_two_to_the_31(name, dtype):
 
 
 def test_info_reports_every_library_and_backend():
-    lines = "\n".join(info.report(hidden=24))
+    lines = "\n".join(info.report(hidden=24, rows=3))
     assert f"torch           {torch.__version__}" in lines
     assert "CPU library     loaded" in lines
-    assert "Backend for H = 24:" in lines and "cpu      float32   cpu (the fastest)" in lines
+    assert "Backend for H = 24, 3 rows:" in lines
+    assert "cpu      float32   cpu (the fastest)" in lines
