@@ -29,11 +29,11 @@ struct CellGradient {
   T direct;     // the part of dL/dh_{t-1} that does not pass through U
 };
 
-// Act: a struct of activation.h.
-template <class Act, class T>
-SLIGRU_HD CellGradient<T> cell_gradient(Act act, T d, T h_previous, T a, T z, T mask) {
-  const T c = act.value(a) * mask;
-  return {d * (T(1) - z) * mask * act.gradient(a), d * (h_previous - c) * z * (T(1) - z), d * z};
+// value, slope: act(a), act'(a).
+template <class T>
+SLIGRU_HD CellGradient<T> cell_gradient(T d, T h_previous, T value, T slope, T z, T mask) {
+  const T c = value * mask;
+  return {d * (T(1) - z) * mask * slope, d * (h_previous - c) * z * (T(1) - z), d * z};
 }
 
 }  // namespace sb_fast_sligru

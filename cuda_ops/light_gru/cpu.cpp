@@ -167,8 +167,9 @@ SLIGRU_HD void backward_rows(const BackwardStep& p, int64_t step, int64_t begin,
 #pragma omp simd
     for (int64_t j = 0; j < H; ++j) {
       const T d = grad_h[j] + base[j] + rho_next * product[j];
-      const CellGradient<T> g = cell_gradient(Act{}, d, previous[j], wx[j] + y[j],
-                                              sigmoid(wx[H + j] + y[H + j]), mask[j]);
+      const T a = wx[j] + y[j], z = sigmoid(wx[H + j] + y[H + j]);
+      const CellGradient<T> g =
+          cell_gradient(d, previous[j], Act::value(a), Act::gradient(a), z, mask[j]);
       e[j] = g.candidate;
       e[H + j] = g.gate;
       base[j] = g.direct;

@@ -130,9 +130,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const BackwardStep p
     const Acc d = widen(grad_h[j]) + base[j] + rho_next * product[j];
     const Acc a = widen(wx[j]) + affine(layer, r[j] * rho, j);
     const Acc z = sigmoid(widen(wx[H + j]) + affine(layer, r[H + j] * rho, H + j));
-    const Acc mask = value_or<Acc>(layer.drop_mask, row * H + j, Acc(1));
-    return with_activation(
-        layer.activation, [&](auto act) { return cell_gradient(act, d, previous(j), a, z, mask); });
+    const Acc value = with_activation(layer.activation, [a](auto act) { return act.value(a); });
+    const Acc slope = with_activation(layer.activation, [a](auto act) { return act.gradient(a); });
+    return cell_gradient(d, previous(j), value, slope, z,
+                         value_or<Acc>(layer.drop_mask, row * H + j, Acc(1)));
   };
 
   // dr = rho (dy - xh mean(dy xh)) with xh = rho r and dy = gamma dwx: mean(dy) drops out because
