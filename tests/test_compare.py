@@ -53,7 +53,7 @@ def arguments(corpus, settings):
     """CTC on the embedded corpus, batches of 2 to 3 utterances."""
     return [
         str(ROOT / "hparams/librispeech_ctc.yaml"),
-        f"--overrides={ROOT / 'hparams/mini.yaml'}",
+        f"--overrides={ROOT / 'hparams/librispeech_ctc_mini.yaml'}",
         f"--data_folder={corpus}",
         "--max_batch_length=12",
         *settings,
@@ -66,7 +66,7 @@ def simulated(settings, monkeypatch):
     monkeypatch.setitem(simulate.SPLITS, "dev-clean", (40, 1.0, *[2.0] * 13, 3.0))
     return [
         str(ROOT / "hparams/librispeech_seq2seq.yaml"),
-        f"--overrides={ROOT / 'hparams/mini_seq2seq.yaml'}",
+        f"--overrides={ROOT / 'hparams/librispeech_seq2seq_mini.yaml'}",
         "--dec_neurons=8",
         "--attn_dim=8",
         "--max_batch_length=6",

@@ -33,9 +33,9 @@ TINY = (
     "--dnn_neurons=48",
     "--lr=0.006",
 )
-CTC = (f"--overrides={ROOT / 'hparams/mini.yaml'}", *TINY)
+CTC = (f"--overrides={ROOT / 'hparams/librispeech_ctc_mini.yaml'}", *TINY)
 SEQ2SEQ = (
-    f"--overrides={ROOT / 'hparams/mini_seq2seq.yaml'}",
+    f"--overrides={ROOT / 'hparams/librispeech_seq2seq_mini.yaml'}",
     *TINY,
     "--number_of_epochs=3",  # its letters then differ between utterances
     "--emb_size=16",

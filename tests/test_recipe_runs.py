@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("environment_described_once", "one_thread")
 
 ROOT = Path(__file__).parents[1]
 YAML = ROOT / "hparams/librispeech_ctc.yaml"
-MINI = ROOT / "hparams/mini.yaml"
+MINI = ROOT / "hparams/librispeech_ctc_mini.yaml"
 RECORDED_RUN = ROOT / "tests/recorded_run.py"
 # torchrun, of this interpreter
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

@@ -28,18 +28,18 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes/LibriSpeech"
 README = RECIPES / "README.md"
 YAML = ROOT / "hparams/librispeech_ctc.yaml"
-MINI = ROOT / "hparams/mini.yaml"
+MINI = ROOT / "hparams/librispeech_ctc_mini.yaml"
 # YAML -> (the files that use its keys, those that use some of them, YAMLs that override them)
 YAMLS = {
     "librispeech_ctc.yaml": (
         ("brain.py", "asr.py", "train_ctc.py"),
         (),
-        ("mini.yaml", "medium.yaml"),
+        ("librispeech_ctc_mini.yaml", "librispeech_ctc_medium.yaml"),
     ),
     "librispeech_seq2seq.yaml": (
         ("brain.py", "asr.py", "train_seq2seq.py"),
         (),
-        ("mini_seq2seq.yaml", "medium_seq2seq.yaml"),
+        ("librispeech_seq2seq_mini.yaml", "librispeech_seq2seq_medium.yaml"),
     ),
     "librispeech_lm.yaml": (("brain.py", "train_lm.py"), ("asr.py",), ()),
 }
