@@ -27,7 +27,7 @@ def pack(manifest, folder):
     Arguments
     ---------
     manifest : str or Path
-        NAME.csv of prepare.py.
+        NAME.csv of `prepare_librispeech`.
     folder : str or Path
         Gets NAME-00000.tar, ... and NAME.csv, a manifest whose `wav` column says where the audio
         is (`read_audio` reads it). What was packed there from an equal manifest is kept.

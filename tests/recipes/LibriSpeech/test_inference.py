@@ -3,27 +3,28 @@
 import re
 import shutil
 import socket
-from pathlib import Path
 
-import brain
 import numpy as np
 import pytest
 import soundfile
 import torch
 import torchaudio
+from helpers import ROOT
+from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
+from speechbrain.utils.metric_stats import ErrorRateStats
+from tiny_corpora import make_speech
+
+import export_inference
 import train_ctc
 import train_lm
 import train_seq2seq
-import transcribe
-from export_inference import _entries, _needed, export, main
-from mini_librispeech import make_corpus
-from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
-from speechbrain.utils.metric_stats import ErrorRateStats
+from sligru_recipes.inference import transcribe
+from sligru_recipes.inference.export import _entries, _needed, export
+from sligru_recipes.training import brain
+from transcribe import main as transcribe_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[1]
-SPLITS = ("train-clean-100", "dev-clean", "test-clean")
 STOCK = "!name:speechbrain.nnet.RNN.SLiGRU"
 TINY = (
     "--dropout=0.0",
@@ -49,12 +50,7 @@ LANGUAGE_MODEL = ("--lm_rnn_layers=1", "--lm_rnn_neurons=32", "--lm_dnn_neurons=
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """The same few utterances of one speaker as train, dev and test split."""
-    folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder / "spoken", {SPLITS[0]: (1, 5)})
-    for split in SPLITS:
-        shutil.copytree(folder / "spoken" / SPLITS[0], folder / "LibriSpeech" / split)
-    return folder / "LibriSpeech"
+    return make_speech(tmp_path_factory.mktemp("corpus"), utterances=5)
 
 
 @pytest.fixture(scope="module")
@@ -192,19 +188,19 @@ def test_weights_that_do_not_fit_are_refused(exported):
 
 def test_folders_that_are_no_runs(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"^export_inference: .* is not the folder of a run"):
-        main([str(tmp_path)])
+        export_inference.main([str(tmp_path)])
     copy = shutil.copytree(run, tmp_path / "run")
     (tokenizer,) = (copy / "save").glob("*.model")
     tokenizer.rename(tmp_path / "tokenizer")
     with pytest.raises(SystemExit, match=r"^export_inference: .* has no tokenizer of \d+ tokens$"):
-        main([str(copy)])
+        export_inference.main([str(copy)])
     (tmp_path / "tokenizer").rename(tokenizer)
-    main([str(copy), str(tmp_path / "folder")])
+    export_inference.main([str(copy), str(tmp_path / "folder")])
     assert capsys.readouterr().out == f"{tmp_path / 'folder'}\n"
     for checkpoint in (copy / "save").glob("CKPT+*"):
         shutil.rmtree(checkpoint)
     with pytest.raises(SystemExit, match=r"^export_inference: .* has no checkpoint of a finished"):
-        main([str(copy)])
+        export_inference.main([str(copy)])
 
 
 # Seq2seq
@@ -252,7 +248,7 @@ def test_language_model_changes_the_transcripts(seq2seq_run, seq2seq_run_with_la
 
 
 def test_command_line_prints_a_line_for_each_file(exported, recogniser, audio, capsys):
-    transcribe.main([str(exported), str(audio[3]), str(audio[0].parent), "--device=cpu"])
+    transcribe_files([str(exported), str(audio[3]), str(audio[0].parent), "--device=cpu"])
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [name for name, _ in lines] == [str(path) for path in (audio[3], *audio)]
     assert lines[0] == lines[4]
@@ -332,7 +328,7 @@ def test_unreadable_files_are_named_and_the_rest_is_transcribed(exported, audio,
     bad["none.wav"] = (None, "it has no samples")
     shutil.copy(audio[0], tmp_path / "good.flac")
     with pytest.raises(SystemExit) as stopped:
-        transcribe.main([str(exported), str(tmp_path), "--device=cpu"])
+        transcribe_files([str(exported), str(tmp_path), "--device=cpu"])
     assert stopped.value.code == 1
     captured = capsys.readouterr()
     assert re.fullmatch(f"{tmp_path / 'good.flac'}\t.+\n", captured.out)
@@ -343,8 +339,8 @@ def test_unreadable_files_are_named_and_the_rest_is_transcribed(exported, audio,
 def test_wrong_folders_end_in_one_line(exported, run, audio, tmp_path):
     for folder in (tmp_path, run, tmp_path / "nowhere"):  # a run's own YAML is not for inference
         with pytest.raises(SystemExit, match=f"^transcribe: {folder} has no inference YAML"):
-            transcribe.main([str(folder), str(audio[0])])
+            transcribe_files([str(folder), str(audio[0])])
     with pytest.raises(SystemExit, match="^transcribe: .*nowhere.wav does not exist$"):
-        transcribe.main([str(exported), str(tmp_path / "nowhere.wav")])
+        transcribe_files([str(exported), str(tmp_path / "nowhere.wav")])
     with pytest.raises(SystemExit, match="^transcribe: .* holds no WAV or FLAC file$"):
-        transcribe.main([str(exported), str(tmp_path)])
+        transcribe_files([str(exported), str(tmp_path)])

@@ -3,21 +3,31 @@
 import json
 import random
 import re
-from pathlib import Path
 
-import compare_epoch_time as compare
-import epoch_report
-import epoch_runs
 import pytest
-import simulate
 import speechbrain.nnet.RNN
 import torch
-from compare_epoch_time import Refused
-from epoch_runs import Options, Run, Variant
-from mini_librispeech import make_corpus
-from step_phases import PHASES
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
+import compare_epoch_time
+from sb_fast_sligru import machine
+from sligru_recipes.corpora import simulated as simulation
+from sligru_recipes.corpora.embedded import make_corpus
+from sligru_recipes.epoch_time import comparison as compare
+from sligru_recipes.epoch_time import readme as epoch_readme
+from sligru_recipes.epoch_time import report as epoch_report
+from sligru_recipes.epoch_time import runs as epoch_runs
+from sligru_recipes.epoch_time import texts
+from sligru_recipes.epoch_time.checks import (
+    Refused,
+    check_agreement,
+    check_same_batches,
+    check_seed_spread,
+)
+from sligru_recipes.epoch_time.phases import PHASES
+from sligru_recipes.epoch_time.recipe import Options, load_recipe, spread
+from sligru_recipes.epoch_time.runs import Run, Variant
+from sligru_recipes.training.ctc import CTC
 
 
 class WrongSLiGRU(speechbrain.nnet.RNN.SLiGRU):
@@ -63,7 +73,7 @@ def arguments(corpus, settings):
 @pytest.fixture
 def simulated(settings, monkeypatch):
     """Seq2seq on 40 utterances of 1 to 3 s."""
-    monkeypatch.setitem(simulate.SPLITS, "dev-clean", (40, 1.0, *[2.0] * 13, 3.0))
+    monkeypatch.setitem(simulation.SPLITS, "dev-clean", (40, 1.0, *[2.0] * 13, 3.0))
     return [
         str(ROOT / "hparams/librispeech_seq2seq.yaml"),
         f"--overrides={ROOT / 'hparams/librispeech_seq2seq_mini.yaml'}",
@@ -77,7 +87,7 @@ def simulated(settings, monkeypatch):
 
 def run_main(arguments, *own):
     with pytest.raises(SystemExit) as end:
-        compare.main([*arguments, *own])
+        compare_epoch_time.main([*arguments, *own])
     return end.value.code
 
 
@@ -98,7 +108,7 @@ def a_run(batches, cell="SLi-GRU", implementation="ours"):
 def test_report(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.undo()  # the real process for the memory
     monkeypatch.setattr(compare, "AGREEMENT_STEPS", 3)
-    compare.main([*arguments, "--batches=2", "--passes=2", "--cells", "SLi-GRU"])
+    compare_epoch_time.main([*arguments, "--batches=2", "--passes=2", "--cells", "SLi-GRU"])
     report = read_report(tmp_path)
     assert list(report) == documented_keys(4)
     assert report["refused"] is None and not report["interrupted"]
@@ -142,7 +152,7 @@ def test_report(arguments, tmp_path, capsys, monkeypatch):
     assert ours["losses"] != stock["losses"] != other["losses"]  # dropout is on
 
     markdown = (tmp_path / "report/report.md").read_text()
-    sentence = epoch_report.headline(report)
+    sentence = texts.headline(report)
     assert f"({ratio:.1f}x)" in sentence
     assert len(re.findall(r"^\| SLi-GRU", markdown, re.M)) == 2
     assert sentence in markdown and sentence in capsys.readouterr().out
@@ -154,7 +164,8 @@ def test_report(arguments, tmp_path, capsys, monkeypatch):
 
 
 def test_simulated_seq2seq_in_two_precisions(simulated, tmp_path):
-    compare.main([*simulated, "--batches=2", "--cells", "GRU", "--precision", "fp32", "bf16"])
+    simulated += ["--batches=2", "--cells", "GRU", "--precision", "fp32", "bf16"]
+    compare_epoch_time.main(simulated)
     report = read_report(tmp_path)
     assert report["settings"]["recipe"] == "Seq2Seq"
     assert report["data"]["source"] == "dev-clean, simulated"
@@ -179,7 +190,7 @@ def test_ctrl_c_leaves_a_report_that_resume_completes(simulated, tmp_path, monke
         return time_variants(recipe, options, variants, *rest)
 
     monkeypatch.setattr(epoch_runs, "time_variants", stop_at_the_second)
-    monkeypatch.setattr(epoch_report, "_commit", lambda: "the same")
+    monkeypatch.setattr(machine, "commit_of", lambda folder: "the same")
     assert run_main(simulated, "--cells", "GRU", "LSTM") == 130
     report = read_report(tmp_path)
     assert report["interrupted"] and [v["cell"] for v in report["variants"]] == ["GRU"]
@@ -188,7 +199,7 @@ def test_ctrl_c_leaves_a_report_that_resume_completes(simulated, tmp_path, monke
 
     code = run_main(simulated, "--cells", "GRU", "LSTM", "--resume", "--passes=2")
     assert "has other settings" in code
-    compare.main([*simulated, "--cells", "GRU", "LSTM", "--resume"])
+    compare_epoch_time.main([*simulated, "--cells", "GRU", "LSTM", "--resume"])
     assert timed == ["GRU", "LSTM", "LSTM"]
     resumed = read_report(tmp_path)
     assert not resumed["interrupted"]
@@ -198,7 +209,7 @@ def test_ctrl_c_leaves_a_report_that_resume_completes(simulated, tmp_path, monke
 
 def test_a_process_of_its_own_trains_the_same(simulated, tmp_path, monkeypatch):
     simulated += ["--batches=2", "--no-io", "--cells", "SLi-GRU"]
-    compare.main([*simulated, "--stock-jit"])
+    compare_epoch_time.main([*simulated, "--stock-jit"])
     in_turn = read_report(tmp_path)
     seconds = {v["implementation"]: v["epoch_seconds"] for v in in_turn["variants"]}
     fastest = min(seconds["stock"], seconds["stock, jit"])
@@ -209,7 +220,7 @@ def test_a_process_of_its_own_trains_the_same(simulated, tmp_path, monkeypatch):
         return function(*arguments) if function is epoch_runs.time_alone else None
 
     monkeypatch.setattr(epoch_runs, "in_own_process", in_this_process)
-    compare.main([*simulated, "--isolate"])
+    compare_epoch_time.main([*simulated, "--isolate"])
     alone = read_report(tmp_path)
     assert len(alone["variants"]) == 3
     for one, other in zip(in_turn["variants"], alone["variants"], strict=True):
@@ -230,10 +241,10 @@ def test_sample_and_full_epoch_agree_within_the_interval(arguments, tmp_path, mo
     monkeypatch.setattr(epoch_runs, "_now", lambda: now)
     monkeypatch.setattr(epoch_runs, "break_down", lambda run, *rest: None)
     monkeypatch.setattr(epoch_report, "write", lambda report, folder: reports.append(report))
-    monkeypatch.setattr("train_ctc.CTC.fit_batch", fit_batch)
+    monkeypatch.setattr(CTC, "fit_batch", fit_batch)
     reports = []
     for extent in ("--batches=4", "--full"):
-        options, rest = compare.parse([*arguments, "--cells", "GRU", extent])
+        options, rest = compare_epoch_time.parse([*arguments, "--cells", "GRU", extent])
         compare.compare(rest, options)
     sample, full = (report["variants"][0] for report in (reports[0], reports[-1]))
     low, high = sample["interval"]
@@ -273,34 +284,34 @@ def test_refuses_a_ratio_when_batches_differ(arguments, tmp_path, monkeypatch, c
 def test_same_ids_with_other_samples_are_other_batches():
     first = a_run([(("a", "b"), 1.5), (("c",), 2.0)])
     same = a_run(first.batches, implementation="stock")
-    compare.check_same_batches([first, same])
+    check_same_batches([first, same])
     other = a_run([(("a", "b"), 1.5), (("c",), 2.1)], "Li-GRU")
     with pytest.raises(Refused, match=r"Li-GRU fp32 ours .* \(from step 2 on\)"):
-        compare.check_same_batches([first, same, other])
+        check_same_batches([first, same, other])
     shorter = a_run(first.batches[:1], "Li-GRU")
     with pytest.raises(Refused, match=r"\(from step 2 on\)"):
-        compare.check_same_batches([first, shorter])
+        check_same_batches([first, shorter])
 
 
 @pytest.mark.parametrize("ours", [[2.0, 1.003], [2.0, 0.997], [2.0, float("nan")]])
 def test_disagreement_is_refused_on_both_sides(ours):
     stock, moved = [2.0, 1.0], [2.0, 1.5]
-    entry = compare.check_agreement("SLi-GRU", [2.001, 1.0], stock, moved)
+    entry = check_agreement("SLi-GRU", [2.001, 1.0], stock, moved)
     assert entry["bound"] == 1e-3 and entry["stock_moved_difference"] == 0.5
     with pytest.raises(Refused, match="differ from stock's by up to"):
-        compare.check_agreement("SLi-GRU", ours, stock, moved)
+        check_agreement("SLi-GRU", ours, stock, moved)
     with pytest.raises(Refused, match="by up to inf relative"):  # CTC could align nothing
-        compare.check_agreement("SLi-GRU", [0.0, 0.0], [0.0, 0.0], [0.0, 0.0])
+        check_agreement("SLi-GRU", [0.0, 0.0], [0.0, 0.0], [0.0, 0.0])
 
 
 def test_losses_beyond_the_seeds_spread_are_refused():
     stock, other = [3.0, 2.0, 1.0], [3.1, 1.9, 1.1]
-    entry = compare.check_seed_spread("Li-GRU", [2.9, 2.1, 1.0], stock, other)
+    entry = check_seed_spread("Li-GRU", [2.9, 2.1, 1.0], stock, other)
     assert entry["stock_and_other_seed"] == pytest.approx(0.1)
     assert entry["bound"] == pytest.approx(0.1 * (1 + 10 / 3**0.5))
     for ours in ([4.0, 3.0, 2.0], [float("nan")] * 3):
         with pytest.raises(Refused, match="Li-GRU: our losses differ from stock's"):
-            compare.check_seed_spread("Li-GRU", ours, stock, other)
+            check_seed_spread("Li-GRU", ours, stock, other)
 
 
 def test_epoch_seconds():
@@ -326,14 +337,14 @@ def test_epoch_seconds():
 
 
 def test_sample_takes_short_middle_and_long_batches(arguments):
-    with epoch_runs.load_recipe(arguments, Options()) as recipe:
+    with load_recipe(arguments, Options()) as recipe:
         lengths = sorted(map(recipe.padded_seconds, recipe.plan))
-        half = epoch_runs.spread(recipe, recipe.plan, len(recipe.plan) // 2)
+        half = spread(recipe, recipe.plan, len(recipe.plan) // 2)
         positions = [recipe.plan.index(batch) for batch in half]
         assert positions == sorted(set(positions))  # in the plan's order, none twice
         taken = sorted(map(recipe.padded_seconds, half))
         assert taken[0] <= lengths[1] and taken[-1] >= lengths[-3]
-        assert epoch_runs.spread(recipe, recipe.plan, len(recipe.plan)) == recipe.plan
+        assert spread(recipe, recipe.plan, len(recipe.plan)) == recipe.plan
 
 
 @pytest.mark.parametrize(
@@ -360,7 +371,7 @@ def test_bad_arguments_end_in_one_line(arguments, bad, message):
 # ---- simulated data
 
 
-@pytest.mark.parametrize("name", simulate.NAMES)
+@pytest.mark.parametrize("name", simulation.NAMES)
 def test_simulated_splits_have_librispeechs_size(name):
     utterances, hours = {
         "train-960": (281241, 960.9),
@@ -372,7 +383,7 @@ def test_simulated_splits_have_librispeechs_size(name):
         "test-clean": (2620, 5.4),
         "test-other": (2939, 5.3),
     }[name]
-    durations = simulate.draw_durations(name, 0)
+    durations = simulation.draw_durations(name, 0)
     assert len(durations) == utterances
     assert sum(durations.values()) / 3600 == pytest.approx(hours, rel=0.035)
     if name.startswith("train"):
@@ -388,7 +399,7 @@ def test_simulated_utterances_depend_on_the_seed_alone(tmp_path, io):
         folder = tmp_path / name
         folder.mkdir()
         data = {**hparams, **changed}
-        return simulate.make_dataset("dev-clean", data, targets, folder if io else None)
+        return simulation.make_dataset("dev-clean", data, targets, folder if io else None)
 
     (first, text), (again, _), (other, _) = make("a"), make("b"), make("c", seed=2)
     assert ("FLAC" in text) == io
@@ -438,14 +449,14 @@ def a_report(**changed):
 
 
 def test_headline():
-    assert epoch_report.headline(a_report()) == (
+    assert texts.headline(a_report()) == (
         "SpeechBrain's -> ours for one epoch of train-960, simulated (960.9 h) on one NVIDIA H200: "
         "SLi-GRU bf16 7h19 -> 2h33 (2.9x); Seq2Seq recipe, batches of 24 utterances, no "
         "augmentation, from 8 of 11719 batches."
     )
     for bad in ({"refused": "other batches"}, {"ratios": {}}):
         with pytest.raises(ValueError, match="the report has no ratio"):
-            epoch_report.headline(a_report(**bad))
+            texts.headline(a_report(**bad))
 
 
 @pytest.mark.parametrize(
@@ -453,25 +464,25 @@ def test_headline():
     [(9.996, "10 s"), (0.1234, "0.123 s"), (125, "2 min 05 s"), (7199.9, "2h00"), (26340, "7h19")],
 )
 def test_durations_for_people(seconds, shown):
-    assert epoch_report.duration(seconds) == shown
+    assert texts.duration(seconds) == shown
 
 
 def test_readme_is_renewed_between_its_marks(tmp_path):
     (tmp_path / "results").mkdir()
     path, readme = tmp_path / "results/a.json", tmp_path / "README.md"
     path.write_text(json.dumps(a_report()))
-    readme.write_text(f"before\n{epoch_report.BEGIN}\nold\n{epoch_report.END}\nafter\n")
-    epoch_report.renew_readme([path], readme)
+    readme.write_text(f"before\n{epoch_readme.BEGIN}\nold\n{epoch_readme.END}\nafter\n")
+    epoch_readme.renew_readme([path], readme)
     before, begin, sentence, end, after = readme.read_text().splitlines()
-    assert (before, begin, end, after) == ("before", epoch_report.BEGIN, epoch_report.END, "after")
-    assert sentence == f"- {epoch_report.headline(a_report())} (`results/a.json`)"
+    assert (before, begin, end, after) == ("before", epoch_readme.BEGIN, epoch_readme.END, "after")
+    assert sentence == f"- {texts.headline(a_report())} (`results/a.json`)"
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="expected one"):
-        epoch_report.renew_readme([path], readme)
+        epoch_readme.renew_readme([path], readme)
 
 
 def test_the_readme_shows_the_committed_reports():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.search(f"{epoch_report.BEGIN}.*{epoch_report.END}", readme, re.DOTALL)[0]
+    shown = re.search(f"{epoch_readme.BEGIN}.*{epoch_readme.END}", readme, re.DOTALL)[0]
     paths = [ROOT / name for name in re.findall(r"\(`(\S+\.json)`\)$", shown, re.M)]
-    assert shown == epoch_report.readme_block(paths, ROOT)
+    assert shown == epoch_readme.readme_block(paths, ROOT)

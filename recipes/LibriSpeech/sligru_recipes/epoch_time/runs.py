@@ -9,26 +9,23 @@ import math
 import multiprocessing
 import os
 import statistics
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import asr
 import ruamel.yaml
-import simulate
-import speechbrain
 import torch
-import train_ctc
-import train_seq2seq
 from speechbrain.augment.augmenter import Augmenter
 from speechbrain.dataio.dataloader import make_dataloader
-from speechbrain.dataio.sampler import ReproducibleRandomSampler
-from speechbrain.utils.distributed import infer_device
 from speechbrain.utils.seed import seed_everything
-from step_phases import PhaseClock, watch
-from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm import tqdm
+
+from sb_fast_sligru.machine import tf32
+
+from ..training import brain as recipe_brain
+from ..training.experiment import load_hparams
+from .phases import PhaseClock, watch
+from .recipe import choose_batches, load_recipe, longest_batch, spread
 
 # As SpeechBrain's --jit and --compile do it, but of the RNN alone.
 COMPILERS = {"stock, jit": torch.jit.script, "stock, compile": torch.compile}
@@ -42,61 +39,6 @@ WARM_UP_STEPS = 2
 BREAKDOWN_STEPS = 4
 LOADED_BATCHES = 4  # how many are loaded to time that alone
 BLOCKS_PER_PASS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The comparison's own arguments, see `--help`."""
-
-    batches: int | None = None
-    passes: int = 1
-    simulate: str | None = None
-    io: bool = True
-    cells: tuple = ("SLi-GRU", "Li-GRU")
-    precisions: tuple = ()  # that of the YAML
-    stock_jit: bool = False
-    stock_compile: bool = False
-    isolate: bool = False
-    resume: bool = False
-    commit: str | None = None
-
-
-@dataclasses.dataclass
-class Recipe:
-    """What all variants share."""
-
-    brain_class: type
-    hparams: dict
-    hparams_file: str
-    overrides: dict
-    run_opts: speechbrain.utils.run_opts.RunOptions
-    tokenizer: object  # None: simulated data
-    data: object  # train set, in the order that `plan` indexes
-    source: str
-    io: str
-    plan: list  # the epoch's batches: lists of indices into `data`
-    loader_options: dict
-    device: str
-
-    @property
-    def output_folder(self):
-        """Of the report."""
-        return Path(self.hparams["output_folder"])
-
-    def padded_seconds(self, batch):
-        """Seconds of a batch with its padding."""
-        return len(batch) * self.longest(batch)
-
-    def audio_seconds(self, batch):
-        """Seconds of a batch without its padding."""
-        return sum(self._durations(batch))
-
-    def longest(self, batch):
-        """Seconds of the longest utterance of a batch."""
-        return max(self._durations(batch))
-
-    def _durations(self, batch):
-        return [self.data.data[self.data.data_ids[index]]["duration"] for index in batch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,73 +79,6 @@ class Run:
     overhead: float | None = None  # of measuring the breakdown, relative
 
 
-@contextlib.contextmanager
-def load_recipe(arguments, options):
-    """Prepare the data and plan the epoch, once for all variants.
-
-    Arguments
-    ---------
-    arguments : list of str
-        Command line of the recipe.
-    options : Options
-
-    Yields
-    ------
-    Recipe
-        The files of simulated data are there until the context ends.
-    """
-    with contextlib.ExitStack() as stack:
-        if options.simulate:
-            arguments = [*arguments, f"--data_folder={options.simulate}"]
-        hparams_file, run_opts, overrides = asr.parse_arguments(arguments)
-        hparams = asr.load_hparams(hparams_file, overrides)
-        Path(hparams["save_folder"]).mkdir(parents=True, exist_ok=True)
-        brain_class = train_seq2seq.Seq2Seq if "seq_cost" in hparams else train_ctc.CTC
-        targets = brain_class.targets
-        if options.simulate:
-            if hparams["shard_folder"]:
-                raise ValueError("shard_folder and --simulate exclude each other")
-            asr.prepare_data({**hparams, "skip_prep": True})  # the noises
-            folder = None
-            if options.io:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="utterances-"))
-            tokenizer = None
-            train_data, io = simulate.make_dataset(options.simulate, hparams, targets, folder)
-            source = f"{options.simulate}, simulated"
-        else:
-            asr.prepare_data(hparams)
-            tokenizer = asr.load_tokenizer(hparams)
-            overrides["vocab_size"] = tokenizer.sp.vocab_size()
-            train_data, _, _ = asr.dataio_prepare(hparams, tokenizer, targets)
-            source, io = str(hparams["data_folder"]), "files; state of the page cache not known"
-        train_data, loader_options = asr.batching(hparams, train_data)
-        sampler = loader_options.pop("batch_sampler", None)
-        batch_size = loader_options.pop("batch_size", None)
-        shuffle = loader_options.pop("shuffle", False)
-        if sampler is None:
-            order = ReproducibleRandomSampler if shuffle else SequentialSampler
-            sampler = BatchSampler(order(train_data), batch_size, drop_last=False)
-        yield Recipe(
-            brain_class=brain_class,
-            # Without the model that comes with them.
-            hparams={name: value for name, value in hparams.items() if _is_plain(value)},
-            hparams_file=hparams_file,
-            overrides=overrides,
-            run_opts=run_opts,
-            tokenizer=tokenizer,
-            data=train_data,
-            source=source,
-            io=io,
-            plan=[list(batch) for batch in sampler],
-            loader_options=loader_options,
-            device=run_opts.device or infer_device(),
-        )
-
-
-def _is_plain(value):
-    return value is None or isinstance(value, bool | int | float | str)
-
-
 def make_brain(recipe, variant, for_agreement=False):
     """A Brain ready for `fit_batch`, from the recipe's YAML.
 
@@ -223,10 +98,10 @@ def make_brain(recipe, variant, for_agreement=False):
         precision="fp32" if variant.precision == "tf32" else variant.precision,
         overridden_args=recipe.run_opts.overridden_args | {"precision"},
     )
-    hparams = asr.load_hparams(recipe.hparams_file, overrides)
+    hparams = load_hparams(recipe.hparams_file, overrides)
     if for_agreement:
         hparams["wav_augment"] = Augmenter(augmentations=[])
-    brain = asr.make_brain(recipe.brain_class, hparams, run_opts, recipe.tokenizer)
+    brain = recipe_brain.make_brain(recipe.brain_class, hparams, run_opts, recipe.tokenizer)
     brain.checkpointer = None  # start from the seed's weights, not from the last checkpoint
     brain.on_fit_start()
     if for_agreement:
@@ -272,7 +147,7 @@ def quiet():
     loggers = [
         logging.getLogger(name)
         for name in logging.root.manager.loggerDict
-        if name.partition(".")[0] in ("speechbrain", "asr")
+        if name.partition(".")[0] in ("speechbrain", __name__.partition(".")[0])
     ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -314,24 +189,6 @@ def train(run, count, progress, clock=None):
 
 
 _now = time.perf_counter
-
-
-def spread(recipe, batches, count):
-    """`count` of some batches, evenly spaced from short to long, in the order of `batches`."""
-    ranked = sorted(range(len(batches)), key=lambda index: recipe.padded_seconds(batches[index]))
-    chosen = {ranked[int((rank + 0.5) * len(batches) / count)] for rank in range(count)}
-    return [batches[index] for index in sorted(chosen)]
-
-
-@contextlib.contextmanager
-def tf32(enabled):
-    """TF32 products on a GPU or full fp32 ones; importing SpeechBrain turns TF32 on."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = enabled
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def in_own_process(function, *arguments):
@@ -377,11 +234,6 @@ def _peak_resident_bytes():
     with open("/proc/self/status") as file:
         kilobytes = next(line.split()[1] for line in file if line.startswith("VmHWM:"))
     return 1024 * int(kilobytes)
-
-
-def longest_batch(recipe):
-    """Of the epoch, padding included."""
-    return max(recipe.plan, key=recipe.padded_seconds)
 
 
 def energy_counter(device):
@@ -497,23 +349,6 @@ def time_alone(arguments, options, variant, first):
         break_down(run, recipe, chosen, progress)
     run.brain = run.loader = None
     return run
-
-
-def choose_batches(recipe, options):
-    """The epoch's batches that are timed.
-
-    Raises
-    ------
-    ValueError
-        If `batches` is impossible.
-    """
-    if options.batches is None:
-        return recipe.plan
-    if not 2 <= options.batches <= len(recipe.plan):
-        raise ValueError(
-            f"batches must be 2 to {len(recipe.plan)} (an epoch), got {options.batches}"
-        )
-    return spread(recipe, recipe.plan, options.batches)
 
 
 def loading_seconds(recipe, chosen):

@@ -7,11 +7,12 @@ import tarfile
 import types
 
 import pytest
-import shards
 import torch
-from mini_librispeech import make_corpus
-from prepare import prepare_librispeech
 from speechbrain.dataio.dataio import read_audio
+
+from sligru_recipes.corpora import shards
+from sligru_recipes.corpora.embedded import make_corpus
+from sligru_recipes.corpora.librispeech import prepare_librispeech
 
 SPLIT = "train-clean-100"
 

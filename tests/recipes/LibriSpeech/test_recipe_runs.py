@@ -16,28 +16,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-import asr
 import numpy as np
 import pytest
 import soundfile
 import torch
-import train_ctc
-from conftest import relative_error
-from prepare import prepare_librispeech
+from helpers import ROOT, relative_error
 from recorded_run import record_run
 from speechbrain.augment.time_domain import Resample
+from tiny_corpora import SPLITS, make_noise
 
 import sb_fast_sligru
+import train_ctc
+from sligru_recipes.corpora.librispeech import prepare_librispeech
+from sligru_recipes.training.experiment import run_script
 
 pytestmark = pytest.mark.usefixtures("environment_described_once", "one_thread")
 
-ROOT = Path(__file__).parents[1]
 YAML = ROOT / "hparams/librispeech_ctc.yaml"
 MINI = ROOT / "hparams/librispeech_ctc_mini.yaml"
-RECORDED_RUN = ROOT / "tests/recorded_run.py"
+RECORDED_RUN = Path(__file__).with_name("recorded_run.py")
 # torchrun, of this interpreter
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-SPLITS = ("train-clean-100", "dev-clean", "test-clean")
 
 # Nothing random, and as small as the model can be.
 TINY = (
@@ -57,25 +56,6 @@ TINY = (
 # Every layer treats each utterance alone. CRDNN's linear layers have a BatchNorm, so there are
 # none; its convolutions have LayerNorms anyway.
 ALONE = ("--rnn_class=!name:recorded_run.LayerNormSLiGRU", "--dnn_blocks=0")
-
-
-def make_noise(folder, seconds):
-    """Write a corpus of noise: a train utterance for each of `seconds`, few others."""
-    for speaker, (split, durations) in enumerate(
-        zip(SPLITS, (seconds, seconds[:2], seconds[:1]), strict=True), 1
-    ):
-        chapter = folder / split / str(speaker) / "10"
-        chapter.mkdir(parents=True)
-        random = np.random.default_rng(speaker)
-        transcripts = []
-        for number, duration in enumerate(durations):
-            name = f"{speaker}-10-{number:04d}"
-            noise = 0.1 * random.standard_normal(round(16000 * duration))
-            soundfile.write(chapter / f"{name}.flac", noise, 16000)
-            words = random.choice(("NODE", "DONE"), 2)  # the same letters in all splits
-            transcripts.append(f"{name} {' '.join(words)}\n")
-        (chapter / f"{speaker}-10.trans.txt").write_text("".join(transcripts))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +313,7 @@ def complaint(argv):
     """Run the recipe as its script does; return what it prints on stderr as it exits with 1."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", ["train_ctc.py", *map(str, argv)])
-        asr.run_script(train_ctc.main)
+        run_script(train_ctc.main)
     message = stop.value.code
     assert isinstance(message, str), message  # printed by Python, with exit status 1
     assert "\n" not in message

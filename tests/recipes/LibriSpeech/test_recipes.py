@@ -1,6 +1,5 @@
-"""The recipe: YAML and script agree, it learns, resumes, and says clearly what is wrong."""
+"""The recipe: it learns, resumes, and says clearly what is wrong."""
 
-import ast
 import csv
 import logging
 import re
@@ -8,46 +7,29 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import asr
 import numpy as np
 import pytest
 import ruamel.yaml
 import soundfile
 import speechbrain as sb
 import torch
+from helpers import ROOT
+from speechbrain.dataio.dataset import DynamicItemDataset
+from tiny_corpora import make_speech
+
 import train_ctc
 import train_lm
-import train_seq2seq
-from mini_librispeech import make_corpus
-from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.run_opts import RunOptions
+from sligru_recipes.training.ctc import CTC
+from sligru_recipes.training.data import batching, prepare_data, prepare_noise
+from sligru_recipes.training.experiment import load_hparams, parse_arguments
+from sligru_recipes.training.language_model import Sentences
+from sligru_recipes.training.seq2seq import load_language_model, make_test_search
+from sligru_recipes.training.tokenizer import check_alignable, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[1]
-RECIPES = ROOT / "recipes/LibriSpeech"
-README = RECIPES / "README.md"
 YAML = ROOT / "hparams/librispeech_ctc.yaml"
 MINI = ROOT / "hparams/librispeech_ctc_mini.yaml"
-# YAML -> (the files that use its keys, those that use some of them, YAMLs that override them)
-YAMLS = {
-    "librispeech_ctc.yaml": (
-        ("brain.py", "asr.py", "train_ctc.py"),
-        (),
-        ("librispeech_ctc_mini.yaml", "librispeech_ctc_medium.yaml"),
-    ),
-    "librispeech_seq2seq.yaml": (
-        ("brain.py", "asr.py", "train_seq2seq.py"),
-        (),
-        ("librispeech_seq2seq_mini.yaml", "librispeech_seq2seq_medium.yaml"),
-    ),
-    "librispeech_lm.yaml": (("brain.py", "train_lm.py"), ("asr.py",), ()),
-}
-RUN_OPTIONS = set(RunOptions().keys())
-
-# One set of utterances is train, dev and test set at once: what is tested is the machinery.
-SPLITS = ("train-clean-100", "dev-clean", "test-clean")
-UTTERANCES = 6
 # Smaller and without anything random: a run is then a function of its command line.
 TINY = (
     "--device=cpu",
@@ -63,14 +45,10 @@ TINY = (
 NO_MODEL = ("--rnn_layers=1", "--rnn_neurons=8")
 
 
+# One set of utterances is train, dev and test set at once: what is tested is the machinery.
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """The same few utterances of one speaker as train, dev and test split."""
-    folder = tmp_path_factory.mktemp("corpus with spaces")
-    make_corpus(folder / "spoken", {SPLITS[0]: (1, UTTERANCES)})
-    for split in SPLITS:
-        shutil.copytree(folder / "spoken" / SPLITS[0], folder / "LibriSpeech" / split)
-    return folder / "LibriSpeech"
+    return make_speech(tmp_path_factory.mktemp("corpus with spaces"), utterances=6)
 
 
 def command_line(corpus, output_folder, *arguments):
@@ -84,9 +62,9 @@ def command_line(corpus, output_folder, *arguments):
     ]
 
 
-def load_hparams(argv):
-    hparams_file, _, overrides = asr.parse_arguments(argv)
-    return asr.load_hparams(hparams_file, overrides)
+def load(argv):
+    hparams_file, _, overrides, _ = parse_arguments(argv)
+    return load_hparams(hparams_file, overrides)
 
 
 def epochs(output_folder):
@@ -109,53 +87,11 @@ def write_manifest(folder, transcripts, seconds=3.0):
         csv.writer(file).writerows([("ID", "duration", "wav", "spk_id", "wrd"), *rows])
 
 
-def yaml_keys(path):
-    return set(ruamel.yaml.YAML().load(path.read_text(encoding="utf-8")))
-
-
 # The YAML
 
 
-def used_names(files):
-    """What Python files can name a key by."""
-    for file in files:
-        for node in ast.walk(ast.parse((RECIPES / file).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
-            elif isinstance(node, ast.Attribute):
-                yield node.attr
-
-
-@pytest.mark.parametrize("name", YAMLS)
-def test_every_yaml_key_is_used(name):
-    path = ROOT / "hparams" / name
-    references = set(re.findall(r"<(\w+)>", path.read_text(encoding="utf-8")))
-    whole, partly, _ = YAMLS[name]
-    used = references | set(used_names(whole + partly)) | RUN_OPTIONS | {"__set_seed"}
-    assert yaml_keys(path) - used == set()
-
-
-@pytest.mark.parametrize("name", YAMLS)
-def test_every_used_key_is_in_the_yaml(name):
-    used = set()
-    for file in YAMLS[name][0]:
-        source = (RECIPES / file).read_text(encoding="utf-8")
-        for pair in re.findall(r'hparams\["(\w+)"\]|hparams\.(?!get\b)(\w+)', source):
-            used.update(filter(None, pair))
-    assert len(used) > 15
-    if "bos_index" not in yaml_keys(ROOT / "hparams" / name):  # asr.py then does without
-        used -= {"bos_index", "eos_index"}
-    assert used - yaml_keys(ROOT / "hparams" / name) == set()
-
-
-@pytest.mark.parametrize("name", YAMLS)
-def test_override_files_override_what_there_is(name):
-    for overrides in YAMLS[name][2]:
-        assert yaml_keys(ROOT / "hparams" / overrides) <= yaml_keys(ROOT / "hparams" / name)
-
-
 def test_default_model_is_the_published_one():
-    hparams = load_hparams([str(YAML), "--data_folder=/data/LibriSpeech"])
+    hparams = load([str(YAML), "--data_folder=/data/LibriSpeech"])
     rnn = hparams["enc"].RNN
     assert type(rnn).__module__ + "." + type(rnn).__name__ == "sb_fast_sligru.rnn.SLiGRU"
     # Measured on the encoder of SpeechBrain's train_BPE_1000_sligru.yaml.
@@ -165,7 +101,7 @@ def test_default_model_is_the_published_one():
 
 def test_command_line_wins_over_the_override_file():
     arguments = [str(YAML), f"--overrides={MINI}", "--data_folder=x", "--number_of_epochs=77"]
-    hparams = load_hparams(arguments)
+    hparams = load(arguments)
     assert hparams["number_of_epochs"] == 77
     assert hparams["rnn_neurons"] == ruamel.yaml.YAML().load(MINI.read_text())["rnn_neurons"]
 
@@ -175,25 +111,9 @@ def test_command_line_wins_over_the_override_file():
 )
 def test_rnn_class_is_one_key(name):
     arguments = [str(YAML), f"--overrides={MINI}", "--data_folder=x", f"--rnn_class=!name:{name}"]
-    rnn = type(load_hparams(arguments)["enc"].RNN)
+    rnn = type(load(arguments)["enc"].RNN)
     package, _, class_name = name.rpartition(".")
     assert rnn.__module__.startswith(package) and rnn.__name__ == class_name
-
-
-# The README
-
-
-def test_readme_names_what_exists():
-    text = README.read_text(encoding="utf-8")
-    paths = set(re.findall(r"(?:hparams|recipes)/[\w./-]+\.(?:yaml|py)", text))
-    assert {"hparams/librispeech_ctc.yaml", "recipes/LibriSpeech/train_ctc.py"} <= paths
-    assert [path for path in paths if not (ROOT / path).is_file()] == []
-    torchrun = {"standalone", "nnodes", "node_rank", "nproc_per_node", "master_addr", "master_port"}
-    known = RUN_OPTIONS | torchrun | {"overrides"}
-    known = known.union(*(yaml_keys(ROOT / "hparams" / name) for name in YAMLS))
-    for script in RECIPES.glob("*.py"):
-        known.update(re.findall(r'"--([\w-]+)"', script.read_text(encoding="utf-8")))
-    assert set(re.findall(r"--(\w[\w-]*)", text)) - known == set()
 
 
 # Runs
@@ -209,9 +129,9 @@ def test_resumes_where_it_was_stopped(corpus, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(self, stage, epoch)
 
-    original = train_ctc.CTC.on_stage_start
+    original = CTC.on_stage_start
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_ctc.CTC, "on_stage_start", stop)
+        patch.setattr(CTC, "on_stage_start", stop)
         train_ctc.main(command_line(corpus, tmp_path / "stopped", *arguments))
     assert [line["epoch"] for line in epochs(tmp_path / "stopped")] == [1]
     train_ctc.main(command_line(corpus, tmp_path / "stopped", *arguments))
@@ -247,8 +167,8 @@ def test_loss_is_in_fp32_under_bf16(corpus, tmp_path, monkeypatch):
         seen.append((stage, predictions[0].dtype, torch.is_autocast_enabled("cpu")))
         return original(self, predictions, batch, stage)
 
-    original = train_ctc.CTC.compute_objectives
-    monkeypatch.setattr(train_ctc.CTC, "compute_objectives", record)
+    original = CTC.compute_objectives
+    monkeypatch.setattr(CTC, "compute_objectives", record)
     arguments = ("--number_of_epochs=2", "--precision=bf16")
     train_ctc.main(command_line(corpus, tmp_path, *arguments))
     assert {dtype for _, dtype, _ in seen} == {torch.float32}
@@ -267,13 +187,13 @@ def train_data():
 
 
 def load_batching(*arguments):
-    return load_hparams([str(YAML), "--data_folder=x", *NO_MODEL, *arguments])
+    return load([str(YAML), "--data_folder=x", *NO_MODEL, *arguments])
 
 
 @pytest.mark.parametrize("sorting", ["ascending", "descending"])
 def test_fixed_batches_are_sorted(train_data, sorting):
     hparams = load_batching(f"--sorting={sorting}")
-    data, options = asr.batching(hparams, train_data)
+    data, options = batching(hparams, train_data)
     durations = [data[index]["duration"] for index in range(len(data))]
     assert durations == sorted(durations, reverse=sorting == "descending")
     assert options == hparams["train_dataloader_opts"]
@@ -281,12 +201,12 @@ def test_fixed_batches_are_sorted(train_data, sorting):
 
 def test_unknown_sorting_is_refused(train_data):
     with pytest.raises(ValueError, match="sorting must be .* got 'length'"):
-        asr.batching(load_batching("--sorting=length"), train_data)
+        batching(load_batching("--sorting=length"), train_data)
 
 
 def test_dynamic_batches_keep_the_limit_and_change_with_the_epoch(train_data):
     hparams = load_batching("--dynamic_batching=True", "--max_batch_length=12", "--num_buckets=3")
-    _, options = asr.batching(hparams, train_data)
+    _, options = batching(hparams, train_data)
     sampler = options["batch_sampler"]
     plans = []
     for epoch in (1, 2, 1):
@@ -309,7 +229,7 @@ def test_noise_of_a_folder_is_added(tmp_path):
     left_out = [f"--enable_{name}=False" for name in ("speed_perturb", "drop_freq", "drop_chunk")]
     arguments = [f"--noise_folder={tmp_path / 'noises'}", f"--output_folder={tmp_path}"]
     hparams = load_batching(*arguments, *left_out, "--skip_prep=True")
-    asr.prepare_data(hparams)
+    prepare_data(hparams)
     waves = torch.sin(torch.arange(16000) / 10).repeat(2, 1)
     noisy, lengths = hparams["wav_augment"](waves, torch.ones(2))
     assert noisy.shape == waves.shape and lengths.tolist() == [1, 1]
@@ -327,10 +247,10 @@ def test_noise_of_a_folder_is_added(tmp_path):
 def test_unfit_noise_is_named(tmp_path, rate, channels, message):
     soundfile.write(tmp_path / "noise.wav", np.zeros((100, channels)), rate)
     with pytest.raises(ValueError, match=message):
-        asr.prepare_noise(tmp_path, tmp_path / "noise.csv")
+        prepare_noise(tmp_path, tmp_path / "noise.csv")
     (tmp_path / "noise.wav").unlink()
     with pytest.raises(FileNotFoundError, match="noise_folder .* holds no .wav or .flac file"):
-        asr.prepare_noise(tmp_path, tmp_path / "noise.csv")
+        prepare_noise(tmp_path, tmp_path / "noise.csv")
 
 
 # Language model and tokenizer
@@ -367,7 +287,7 @@ def seq2seq_hparams(output_folder, *arguments, vocab_size=30):
     yaml = str(ROOT / "hparams/librispeech_seq2seq.yaml")
     folders = ["--data_folder=x", f"--output_folder={output_folder}"]
     small = (*NO_MODEL, "--dec_neurons=8", "--attn_dim=8", f"--vocab_size={vocab_size}")
-    return load_hparams([yaml, *folders, *small, *arguments])
+    return load([yaml, *folders, *small, *arguments])
 
 
 def test_language_model_learns_its_text(language_model):
@@ -380,10 +300,10 @@ def test_language_model_learns_its_text(language_model):
 
 def test_sentences_are_the_lines_of_a_file(language_model):
     folder, _ = language_model
-    tokenizer = asr.load_tokenizer(
+    tokenizer = load_tokenizer(
         seq2seq_hparams(folder, f"--tokenizer_file={folder / 'tokenizer.ckpt'}")
     )
-    sentences = train_lm.Sentences(folder / "text.txt", tokenizer, 1, 2)
+    sentences = Sentences(folder / "text.txt", tokenizer, 1, 2)
     assert len(sentences) == 40  # empty lines are none
     item = sentences[3]
     assert item["tokens_bos"][0] == 1 and item["tokens_eos"][-1] == 2
@@ -392,20 +312,20 @@ def test_sentences_are_the_lines_of_a_file(language_model):
     assert words == "THE SAILOR FOUND THE KING"
     (folder / "odd.txt").write_text("THE KING\nTHE QUEEN\n")
     with pytest.raises(ValueError, match="odd.txt: line 2 has the character 'Q'"):
-        train_lm.Sentences(folder / "odd.txt", tokenizer, 1, 2)
+        Sentences(folder / "odd.txt", tokenizer, 1, 2)
     (folder / "odd.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="odd.txt has no sentence"):
-        train_lm.Sentences(folder / "odd.txt", tokenizer, 1, 2)
+        Sentences(folder / "odd.txt", tokenizer, 1, 2)
 
 
 def test_language_model_joins_the_beam_search(language_model, tmp_path):
     folder, _ = language_model
     (tmp_path / "save").mkdir()
     given = (f"--lm_folder={folder}", f"--tokenizer_file={folder / 'tokenizer.ckpt'}")
-    tokenizer = asr.load_tokenizer(seq2seq_hparams(tmp_path, *given))
+    tokenizer = load_tokenizer(seq2seq_hparams(tmp_path, *given))
     size = tokenizer.sp.vocab_size()
     hparams = seq2seq_hparams(tmp_path, *given, *LM_SIZES, vocab_size=size)
-    search = train_seq2seq.make_test_search(SimpleNamespace(**hparams), tokenizer, "cpu")
+    search = make_test_search(SimpleNamespace(**hparams), tokenizer, "cpu")
     assert set(search.scorer.full_scorers) == {"coverage", "rnnlm"}
     assert set(search.scorer.partial_scorers) == {"ctc"}
     weights = {name: weight for name, weight in search.scorer.weights.items() if weight}
@@ -417,31 +337,31 @@ def test_language_model_joins_the_beam_search(language_model, tmp_path):
 
     hparams = seq2seq_hparams(tmp_path, *given, vocab_size=size)  # the YAML's own sizes of the LM
     with pytest.raises(ValueError, match="lm.ckpt does not fit lm_model"):
-        train_seq2seq.make_test_search(SimpleNamespace(**hparams), tokenizer, "cpu")
+        make_test_search(SimpleNamespace(**hparams), tokenizer, "cpu")
     with pytest.raises(FileNotFoundError, match="lm_folder .* has no lm.ckpt"):
-        train_seq2seq.load_language_model(SimpleNamespace(lm_folder=str(tmp_path)), tokenizer)
+        load_language_model(SimpleNamespace(lm_folder=str(tmp_path)), tokenizer)
 
 
 def test_other_tokenizer_than_the_language_model_s_is_refused(language_model, tmp_path):
     folder, _ = language_model
     write_manifest(tmp_path / "save", ["A QUIET DOCTOR WATCHED THE BRIDGE"])
     hparams = seq2seq_hparams(tmp_path, f"--lm_folder={folder}", *LM_SIZES, "--token_type=char")
-    tokenizer = asr.load_tokenizer(hparams)
+    tokenizer = load_tokenizer(hparams)
     message = f"another tokenizer: set tokenizer_file to {folder / 'tokenizer.ckpt'}"
     with pytest.raises(ValueError, match=message):
-        train_seq2seq.make_test_search(SimpleNamespace(**hparams), tokenizer, "cpu")
+        make_test_search(SimpleNamespace(**hparams), tokenizer, "cpu")
 
 
 def test_tokenizer_without_bos_and_eos_is_refused_for_attention(tmp_path):
     write_manifest(tmp_path / "save", ["THE KING FOUND A LANTERN"])
     argv = [str(YAML), "--data_folder=x", f"--output_folder={tmp_path}", *NO_MODEL]
-    tokenizer = asr.load_tokenizer(load_hparams([*argv, "--token_type=char"]))
+    tokenizer = load_tokenizer(load([*argv, "--token_type=char"]))
     file = f"{tokenizer.prefix_model_file}.model"
     hparams = seq2seq_hparams(tmp_path, f"--tokenizer_file={file}")
     with pytest.raises(ValueError, match="tokenizer_file .* has bos_index -1, the YAML .* 1"):
-        asr.load_tokenizer(hparams)
+        load_tokenizer(hparams)
     # CTC takes the tokenizer of either.
-    own = asr.load_tokenizer(load_hparams([*argv, f"--tokenizer_file={file}"]))
+    own = load_tokenizer(load([*argv, f"--tokenizer_file={file}"]))
     assert own.sp.vocab_size() == tokenizer.sp.vocab_size()
 
 
@@ -452,11 +372,11 @@ def test_tokenizer_without_bos_and_eos_is_refused_for_attention(tmp_path):
 def test_vocabulary_is_sized_down_on_a_small_corpus(tmp_path, caplog, token_type):
     write_manifest(tmp_path / "save", ["THE KING FOUND A LANTERN", "THE SAILOR FOUND THE KING"])
     argv = [str(YAML), "--data_folder=x", f"--output_folder={tmp_path}", *NO_MODEL]
-    hparams = load_hparams([*argv, f"--token_type={token_type}"])
+    hparams = load([*argv, f"--token_type={token_type}"])
     for _ in range(2):  # the second time it is loaded
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="asr"):
-            tokenizer = asr.load_tokenizer(hparams)
+        with caplog.at_level(logging.WARNING, logger="sligru_recipes"):
+            tokenizer = load_tokenizer(hparams)
         size = tokenizer.sp.vocab_size()
         assert "vocab_size 1000 is more than the train transcripts can fill" in caplog.text
         assert f"the most they can, {size}" in caplog.text
@@ -464,27 +384,27 @@ def test_vocabulary_is_sized_down_on_a_small_corpus(tmp_path, caplog, token_type
         assert tokenizer.sp.decode_ids(tokenizer.sp.encode_as_ids(words)) == words
     hparams["vocab_size"] = 5
     with pytest.raises(ValueError, match="vocab_size 5 is impossible"):
-        asr.load_tokenizer(hparams)
+        load_tokenizer(hparams)
 
 
 def test_more_tokens_than_frames_are_refused(tmp_path, caplog):
     write_manifest(tmp_path / "save", ["THE KING FOUND A LANTERN"] * 4, seconds=1.0)
     argv = [str(YAML), "--data_folder=x", f"--output_folder={tmp_path}", *NO_MODEL]
-    hparams = load_hparams([*argv, "--token_type=char"])
-    tokenizer = asr.load_tokenizer(hparams)
+    hparams = load([*argv, "--token_type=char"])
+    tokenizer = load_tokenizer(hparams)
     data = DynamicItemDataset.from_csv(hparams["train_csv"])
     # 25 characters with the word boundary before the first; no two neighbours are equal.
-    asr.check_alignable(data, tokenizer, frames_per_second=25)
+    check_alignable(data, tokenizer, frames_per_second=25)
     with pytest.raises(ValueError, match=r"4 of 4 train utterances \(such as u0\).*24 per second"):
-        asr.check_alignable(data, tokenizer, frames_per_second=24)
+        check_alignable(data, tokenizer, frames_per_second=24)
     # One in a thousand is bad data: logged, and training goes on.
     for number in range(1000):
         data.data[f"v{number}"] = {"duration": 5.0, "wrd": "THE KING"}
     data.data_ids = list(data.data)
     for utterance in ("u1", "u2", "u3"):
         data.data[utterance]["duration"] = 5.0
-    with caplog.at_level(logging.WARNING, logger="asr"):
-        asr.check_alignable(data, tokenizer, frames_per_second=24)
+    with caplog.at_level(logging.WARNING, logger="sligru_recipes"):
+        check_alignable(data, tokenizer, frames_per_second=24)
     assert "1 of 1004 train utterances (such as u0)" in caplog.text
 
 

@@ -9,24 +9,28 @@ import random
 import re
 import resource
 import shutil
+from pathlib import Path
 
-import mini_librispeech
 import numpy as np
-import prepare
 import pytest
 import soundfile
-from mini_librispeech import (
+from speechbrain.dataio.dataio import read_audio
+from speechbrain.dataio.dataset import DynamicItemDataset
+
+import mini_librispeech
+import prepare
+from sligru_recipes.corpora import embedded, librispeech
+from sligru_recipes.corpora.embedded import (
     ACCENTS,
     DEFAULT_SPLITS,
     Engine,
     draw_sentences,
     make_corpus,
     plan_speakers,
+    splits_for_hours,
 )
-from prepare import prepare_librispeech
-from sentences import LargeGrammar, SmallGrammar, ending
-from speechbrain.dataio.dataio import read_audio
-from speechbrain.dataio.dataset import DynamicItemDataset
+from sligru_recipes.corpora.librispeech import prepare_librispeech
+from sligru_recipes.corpora.sentences import LargeGrammar, SmallGrammar, ending
 
 SPLITS = {"train-clean-100": (2, 21), "dev-clean": (1, 2), "test-clean": (1, 2)}
 
@@ -72,7 +76,7 @@ def test_layout_is_librispeech_s(corpus):
     for path in utterances(corpus):
         split, speaker, chapter, name = path.relative_to(corpus).parts
         assert re.fullmatch(rf"{speaker}-{chapter}-\d{{4}}\.flac", name)
-        assert split in prepare.SPLITS
+        assert split in librispeech.SPLITS
         names.add(path.stem)
     assert len(names) == sum(speakers * each for speakers, each in SPLITS.values())
     transcribed = set()
@@ -134,7 +138,7 @@ def test_splits_share_no_voice_and_no_sentence(vocabulary):
 
 def test_large_vocabulary_is_learnt_from_train_alone():
     for hours, unknown in ((3, 0.02), (5, 0.01)):
-        splits = mini_librispeech.splits_for_hours(hours, "large")
+        splits = splits_for_hours(hours, "large")
         speakers = plan_speakers(splits, 0, "large")
         train = set(words_of(speaker for speaker in speakers if speaker.split.startswith("train")))
         assert len(train) > 2500
@@ -194,19 +198,19 @@ def test_more_hours_leave_dev_and_test_as_they_are(vocabulary, train):
         speakers = plan_speakers(splits, 0, vocabulary)
         return [speaker for speaker in speakers if not speaker.split.startswith("train")]
 
-    larger = mini_librispeech.splits_for_hours(5, vocabulary)
+    larger = splits_for_hours(5, vocabulary)
     assert larger["train-clean-100"] == train
-    assert small_splits(mini_librispeech.splits_for_hours(1, vocabulary)) == small_splits(larger)
-    assert mini_librispeech.splits_for_hours(50)["train-clean-100"] == (250, 180)
+    assert small_splits(splits_for_hours(1, vocabulary)) == small_splits(larger)
+    assert splits_for_hours(50)["train-clean-100"] == (250, 180)
 
 
 def test_every_voice_exists():
     """The engine takes an unknown variant without a word and speaks with the plain voice."""
     espeakng_loader = pytest.importorskip("espeakng_loader")
-    data = mini_librispeech.Path(espeakng_loader.get_data_path())
-    for variant in mini_librispeech.VARIANTS:
+    data = Path(espeakng_loader.get_data_path())
+    for variant in embedded.VARIANTS:
         assert (data / "voices" / "!v" / variant).is_file()
-    for accent in mini_librispeech.ACCENTS:
+    for accent in ACCENTS:
         assert (data / "lang" / "gmw" / accent).is_file()
 
 
@@ -220,7 +224,7 @@ def test_complete_corpus_is_reused_and_a_damaged_one_repaired(corpus, tmp_path, 
     assert sum(seconds.values()) == pytest.approx(total)
     # Speech complete: nothing may be spoken again.
     (folder / "SPEAKERS.TXT").unlink()
-    monkeypatch.setattr(mini_librispeech, "ThreadPoolExecutor", None)
+    monkeypatch.setattr(embedded, "ThreadPoolExecutor", None)
     assert make_corpus(folder, SPLITS, seed=3) == seconds
     assert contents(folder) == expected
 
@@ -235,7 +239,7 @@ def test_other_settings_or_a_foreign_folder_are_refused(corpus, tmp_path):
 
 
 def test_missing_engine_names_what_to_install(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mini_librispeech.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"pip install espeakng-loader, .* \[corpus\]"):
         mini_librispeech.main([str(tmp_path / "corpus")])
     assert not (tmp_path / "corpus").exists()
@@ -244,7 +248,7 @@ def test_missing_engine_names_what_to_install(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("hours", [0, -1, 1e6, float("nan")])
 def test_bad_hours(hours):
     with pytest.raises(ValueError, match="hours must be above 0"):
-        mini_librispeech.splits_for_hours(hours)
+        splits_for_hours(hours)
 
 
 def test_bad_sizes(tmp_path):
@@ -292,7 +296,7 @@ def test_train_splits_are_merged(small, tmp_path):
 def test_finished_splits_are_kept_until_something_changes(small, tmp_path, monkeypatch):
     prepare_librispeech(small, tmp_path, ["train-clean-100"])
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "parallel_map", None)  # nothing may be checked again
+        patch.setattr(librispeech, "parallel_map", None)  # nothing may be checked again
         prepare_librispeech(small, tmp_path, ["train-clean-100"])
         with pytest.raises(TypeError):
             prepare_librispeech(small, tmp_path, ["train-clean-100"], skip_bad_files=True)
@@ -370,7 +374,7 @@ def test_bad_files_are_named_or_skipped_and_counted(small, tmp_path, caplog, dam
     assert "\n" not in message
     assert not (tmp_path / "train-clean-100.csv").exists()
 
-    with caplog.at_level("WARNING", logger="prepare"):
+    with caplog.at_level("WARNING", logger=librispeech.__name__):
         prepare_librispeech(small, tmp_path, ["train-clean-100"], skip_bad_files=True)
     assert "train-clean-100: 1 bad files left out" in caplog.text
     data = DynamicItemDataset.from_csv(tmp_path / "train.csv").data
@@ -437,11 +441,11 @@ def test_save_folder_that_cannot_be_written(small, tmp_path, monkeypatch):
         prepare_it(save_folder=tmp_path / "file" / "save")
     # Noticed before the work, ...
     with monkeypatch.context() as patch, small_disk(1000):
-        patch.setattr(prepare, "_check_utterances", None)
+        patch.setattr(librispeech, "_check_utterances", None)
         with pytest.raises(OSError, match=f"cannot write to save_folder: .*'{tmp_path / 'save'}'$"):
             prepare_it(save_folder=tmp_path / "save")
     # ... and if space runs out later: for the split's manifest, for the merged one.
-    monkeypatch.setattr(prepare, "_check_writable", lambda folder: folder.mkdir(exist_ok=True))
+    monkeypatch.setattr(librispeech, "_check_writable", lambda folder: folder.mkdir(exist_ok=True))
     for prepared in (False, True):
         if prepared:
             prepare_it(save_folder=tmp_path / "save")

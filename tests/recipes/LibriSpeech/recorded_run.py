@@ -1,6 +1,6 @@
 """Run training scripts and record what each process trained on, and its weights at the end.
 
-    python tests/recorded_run.py RUNS.json
+    python tests/recipes/LibriSpeech/recorded_run.py RUNS.json
 
 RUNS.json holds a list of dicts, the keyword arguments of `record_run`; they run one after the
 other. Under torchrun every process runs them all. The scripts know nothing of it.
@@ -19,7 +19,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 
 import sb_fast_sligru
 
-RECIPES = Path(__file__).parents[1] / "recipes/LibriSpeech"
+RECIPES = Path(__file__).parents[3] / "recipes/LibriSpeech"
 
 
 class LayerNormSLiGRU(sb_fast_sligru.SLiGRU):
@@ -47,7 +47,7 @@ def record_run(record, script, argv, kill_after_batch=None, kill_in_checkpoint=N
         Likewise when it has written the metadata of that many checkpoints, the last of which
         then has nothing else.
     """
-    from brain import RecipeBrain
+    from sligru_recipes.training.brain import RecipeBrain
 
     record = f"{record}.{os.environ.get('RANK', 0)}"
 
@@ -100,7 +100,8 @@ def main():
         runs = json.load(file)
     first, *others = runs
     record_run(**first)
-    with mock.patch("asr.ddp_init_group"):  # a process joins a group once
+    # A process joins a group once.
+    with mock.patch("sligru_recipes.training.experiment.ddp_init_group"):
         for run in others:
             record_run(**run)
 

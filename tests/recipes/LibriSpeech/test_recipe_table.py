@@ -16,11 +16,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from mini_librispeech import make_corpus
+from helpers import ROOT
+
+from sligru_recipes.corpora.embedded import make_corpus
 
 pytestmark = pytest.mark.usefixtures("environment_described_once", "one_thread")
 
-ROOT = Path(__file__).parents[1]
 with open(ROOT / "tests/recipes/LibriSpeech.csv", newline="", encoding="utf-8") as table:
     ROWS = list(csv.DictReader(table))
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}

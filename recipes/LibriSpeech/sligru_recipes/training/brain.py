@@ -5,6 +5,7 @@ import shutil
 import statistics
 import sys
 import time
+from functools import partial
 
 import speechbrain as sb
 import torch
@@ -270,6 +271,18 @@ class RecipeBrain(sb.Brain):
         self.history = state["history"]
         self.skipped_updates = state["skipped_updates"]
         self.epoch_seconds = state["epoch_seconds"]
+
+
+def make_brain(brain_class, hparams, run_opts, tokenizer):
+    """Build the Brain from a YAML whose `vocab_size` is the tokenizer's."""
+    return brain_class(
+        tokenizer,
+        modules=hparams["modules"],
+        opt_class=partial(hparams["opt_class"], lr=hparams["lr"]),
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=hparams["checkpointer"],
+    )
 
 
 def draw_progress(history, path):

@@ -21,7 +21,8 @@ import numpy as np
 import soundfile
 import speechbrain as sb
 import torch
-from prepare import SAMPLE_RATE
+
+from .librispeech import SAMPLE_RATE
 
 CHARACTERS_PER_SECOND = 15.1
 TOKENS_PER_SECOND = 4.4
@@ -175,7 +176,7 @@ def write_pool(folder, longest, waveform):
 
 
 def make_dataset(name, hparams, targets, pool_folder=None):
-    """A train set like that of `asr.dataio_prepare`, of simulated utterances.
+    """A train set like that of `training.data.dataio_prepare`, of simulated utterances.
 
     Arguments
     ---------
@@ -184,7 +185,7 @@ def make_dataset(name, hparams, targets, pool_folder=None):
     hparams : dict
         The recipe's: `seed`, `vocab_size`, and `bos_index`, `eos_index` where it has them.
     targets : tuple of str
-        As for `asr.dataio_prepare`.
+        As for `dataio_prepare`.
     pool_folder : str or Path, optional
         Empty folder for the pool of FLAC files; without it nothing is read.
 

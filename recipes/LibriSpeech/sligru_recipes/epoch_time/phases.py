@@ -61,7 +61,7 @@ def watch(brain, clock):
 
     Arguments
     ---------
-    brain : asr.ASR
+    brain : ASR
     clock : PhaseClock
     """
     handles = []

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import speechbrain as sb
 import torch
-from brain import RecipeBrain, draw_progress
 from speechbrain.nnet.schedulers import NewBobScheduler
 from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
+
+from sligru_recipes.training import brain as recipe_brain
+from sligru_recipes.training.brain import RecipeBrain, draw_progress
 
 BATCHES = 4
 
@@ -157,10 +159,10 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path, data):
 def test_progress_is_logged_where_there_is_no_terminal(tmp_path, data, caplog):
     brain = make_brain(tmp_path)
     brain.hparams.log_interval_minutes = 0
-    with caplog.at_level(logging.INFO, logger="brain"):
+    with caplog.at_level(logging.INFO, logger=recipe_brain.__name__):
         fit(brain, data)
         brain.test("test-clean", data)
-    lines = [record.message for record in caplog.records if record.name == "brain"]
+    lines = [record.message for record in caplog.records if record.name == recipe_brain.__name__]
     assert lines[0].startswith(f"epoch 1/2 train: batch 1 of {BATCHES}, loss ")
     assert lines[0].endswith("run ends in 00:00")
     assert f"epoch 2/2 valid: batch {BATCHES} of {BATCHES}" in lines
@@ -170,7 +172,7 @@ def test_progress_is_logged_where_there_is_no_terminal(tmp_path, data, caplog):
 def test_time_left_counts_this_epoch_and_the_others(tmp_path, monkeypatch):
     brain = make_brain(tmp_path, epochs=5)
     brain.epoch, brain.step, brain.batches, brain.epoch_start = 2, 10, 40, 0.0
-    monkeypatch.setattr("brain.time", types.SimpleNamespace(monotonic=lambda: 30.0))
+    monkeypatch.setattr(recipe_brain, "time", types.SimpleNamespace(monotonic=lambda: 30.0))
     # No epoch is known: 3 s a batch, 30 batches, then 3 epochs of 120 s.
     assert brain._time_left() == "07:30"
     # Epochs took 150 s with their validation: 120 s of this one, then 3 of them.
