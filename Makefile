@@ -54,7 +54,8 @@ help:
 # The comparison leaves time pooling out: four seconds of speech then give the RNN about as many
 # steps as eight seconds do in the recipe for LibriSpeech, whose utterances last twelve.
 RECIPE := recipes/LibriSpeech
-MINI := hparams/librispeech_ctc.yaml --overrides=hparams/mini.yaml --data_folder=data/mini
+MINI := hparams/librispeech_ctc.yaml --overrides=hparams/librispeech_ctc_mini.yaml \
+	--data_folder=data/mini
 demo: $(BUILT_FOR_DEMO)
 	@echo "== Demo 1/3 (half a minute): half an hour of synthetic speech in LibriSpeech's layout"
 	$(RUN) $(RECIPE)/mini_librispeech.py data/mini

@@ -63,7 +63,6 @@ import platform
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -76,7 +75,7 @@ from speechbrain.nnet import RNN as stock
 from torch import nn
 
 import sb_fast_sligru
-from sb_fast_sligru import _library, ops, reference
+from sb_fast_sligru import _library, machine, ops, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS_OF_PASSES, SECONDS_OF_WARM_UP = 0.5, 0.1
@@ -138,16 +137,6 @@ class Precision:
 
     def casting(self, device):
         return torch.autocast(device, self.autocast) if self.autocast else contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def switches(self):
-        """Set TF32, which importing SpeechBrain has turned on, for matmul and cuDNN."""
-        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
-        try:
-            yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 PRECISIONS = {
@@ -392,7 +381,7 @@ class Bench:
                         network.to(case.device, precision.dtype)
                         if contender.scripted:
                             network = torch.jit.script(network)
-                    with precision.switches(), our_backend(contender):
+                    with machine.tf32(precision.tf32), our_backend(contender):
                         measured = self.measure_row(contender, case, row, network, baseline)
                 except Exception as error:  # a contender that fails is a result
                     self.add(row | {"status": "failed", "reason": first_line(error)})
@@ -449,7 +438,7 @@ class Bench:
                     continue
                 inputs = [t.to(precision.dtype) for t in (wx, u, upstream)]
                 try:
-                    with precision.switches(), our_backend(contender):
+                    with machine.tf32(precision.tf32), our_backend(contender):
                         casting = precision.casting(device)
                         results = gradients(recurrence(contender), *inputs, casting)
                 except Exception as error:
@@ -482,7 +471,7 @@ def obstacle(contender, device, hidden, precision):
     if contender.backend is None:
         return None
     try:
-        with precision.switches(), our_backend(contender):
+        with machine.tf32(precision.tf32), our_backend(contender):
             ops.choose_backend(device, hidden, precision.operands)
     except RuntimeError as error:
         return first_line(error)
@@ -553,17 +542,15 @@ def relative_error(value, exact):
 # ---- where and with what
 
 
-def machine():
+def describe_machine():
     """GPU, driver and CPU."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text("utf-8"))
-        cpu = found[1] if found else cpu
-    gpu = driver = None
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_name()
-        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {"gpu": gpu, "driver": driver, "cpu": cpu, "cores": os.cpu_count()}
+    on_gpu = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "driver": machine.gpu_driver() if on_gpu else None,
+        "cpu": machine.processor_name(),
+        "cores": os.cpu_count(),
+    }
 
 
 def versions():
@@ -576,22 +563,6 @@ def versions():
         "sb_fast_sligru": sb_fast_sligru.__version__,
         "build": _library.build_info,
     }
-
-
-def commit_of_repository():
-    """HEAD, with "+" if the tree is modified; None outside git."""
-    head = output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    changed = output_of("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return head and head + ("+" if changed else "")
-
-
-def output_of(*command):
-    """First line that `command` prints, or None if it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
 
 
 # ---- command line
@@ -683,7 +654,7 @@ def run(options):
     cases = select_cases(names, options.tiny)
     contenders = select_contenders(options.contenders)
 
-    here = machine()
+    here = describe_machine()
     gpu_file = any(case.device == "cuda" for case, _ in cases) or (options.accuracy and on_gpu)
     name = here["gpu"] if gpu_file else "cpu " + re.sub(r"\((R|TM)\)", "", here["cpu"])
     stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ("-tiny" if options.tiny else "")
@@ -694,7 +665,7 @@ def run(options):
     begin = time.monotonic()
     this_run = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": options.commit or commit_of_repository(),
+        "commit": options.commit or machine.commit_of(ROOT),
         "command": command(options),
         "machine": here,
         "versions": versions(),

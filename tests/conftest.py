@@ -1,9 +1,10 @@
-"""Shared by all tests: seeds, GPU tests without a GPU, and how two tensors are compared."""
+"""Shared by all tests: seeds, and GPU tests without a GPU."""
 
 import functools
 
 import pytest
 import torch
+from helpers import relative_error  # noqa: F401  (test_ops.py imports it from here)
 
 
 def pytest_collection_modifyitems(items):
@@ -36,10 +37,3 @@ def environment_described_once():
         describe = functools.cache(logger.get_environment_description)
         patch.setattr(logger, "get_environment_description", describe)
         yield
-
-
-def relative_error(actual, expected):
-    """||actual - expected|| / ||expected|| in float64 on the CPU; NaN never passes a comparison."""
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
-    assert actual.shape == expected.shape
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()

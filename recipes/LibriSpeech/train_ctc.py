@@ -8,41 +8,15 @@ and SpeechBrain's run options (`--device`, `--precision`, `--debug`, ...) work a
 Stopped, the same command resumes from the last checkpoint. See README.md beside this file.
 """
 
-import asr
-import speechbrain as sb
-
-
-class CTC(asr.ASR):
-    """Encoder, CTC loss and greedy decoding."""
-
-    def compute_forward(self, batch, stage):
-        """Map waveforms to log-probabilities.
-
-        Returns
-        -------
-        log_probs : torch.Tensor
-            [B, T, tokens] float32, T in encoder frames.
-        wav_lens : torch.Tensor
-            [B] length of each utterance relative to the longest.
-        """
-        states, wav_lens = self.encode(batch.to(self.device), stage)
-        logits = self.modules.ctc_lin(states)
-        return self.hparams.log_softmax(logits.float()), wav_lens
-
-    def compute_objectives(self, predictions, batch, stage):
-        """Return the CTC loss of the batch; out of training, also count its errors."""
-        log_probs, wav_lens = predictions
-        tokens, token_lens = self.augment_targets(stage, *batch.tokens)
-        loss = self.hparams.ctc_cost(log_probs, tokens, wav_lens, token_lens)
-        if stage != sb.Stage.TRAIN:
-            self.count_errors(batch, self.hparams.decoding_function(log_probs, wav_lens))
-        return loss
+from sligru_recipes.training.ctc import CTC
+from sligru_recipes.training.experiment import run_script
+from sligru_recipes.training.recogniser import run
 
 
 def main(argv=None):
-    """Prepare, train and test; see `asr.run`."""
-    return asr.run(CTC, argv)
+    """Prepare, train and test; see `run`."""
+    return run(CTC, argv, __file__)
 
 
 if __name__ == "__main__":
-    asr.run_script(main)
+    run_script(main)

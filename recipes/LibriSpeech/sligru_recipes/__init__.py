@@ -1,0 +1,1 @@
+"""What the commands of this recipe folder share; they import it from beside them."""

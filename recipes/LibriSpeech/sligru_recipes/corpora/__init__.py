@@ -1,0 +1,1 @@
+"""LibriSpeech, a synthetic corpus in its layout, and a simulated one of its lengths."""

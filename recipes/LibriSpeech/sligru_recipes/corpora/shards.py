@@ -1,0 +1,134 @@
+"""A corpus in a few large tar files, for file systems that are slow with many small ones.
+
+The files have WebDataset's layout: NAME-00000.tar and so on, in each KEY.flac and KEY.txt of an
+utterance side by side. They are read at known positions, so a data set of them is one like any
+other: random access, sorted or dynamic batches, DDP, and training that resumes within an epoch.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+from speechbrain.dataio import dataio
+from tqdm import tqdm
+
+SHARD_BYTES = 2**30
+
+
+def pack(manifest, folder):
+    """Copy the audio of a manifest into shards, or what is still missing of it.
+
+    Utterances lie in the order of their durations: those of a batch are near each other.
+
+    Arguments
+    ---------
+    manifest : str or Path
+        NAME.csv of `prepare_librispeech`.
+    folder : str or Path
+        Gets NAME-00000.tar, ... and NAME.csv, a manifest whose `wav` column says where the audio
+        is (`read_audio` reads it). What was packed there from an equal manifest is kept.
+
+    Raises
+    ------
+    OSError
+        If `folder` cannot be written or its disk has too little space.
+    """
+    manifest, folder = Path(manifest), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    packed, claim = folder / manifest.name, folder / f"{manifest.stem}.sha256"
+    source = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    if not claim.is_file() or claim.read_text() != source:
+        packed.unlink(missing_ok=True)
+        for shard in folder.glob(f"{manifest.stem}-*.tar"):
+            shard.unlink()
+        claim.write_text(source)
+    if packed.is_file():
+        return
+    with open(manifest, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    plan = _plan(sorted(rows, key=lambda row: (float(row["duration"]), row["ID"])))
+    paths = [folder / f"{manifest.stem}-{number:05d}.tar" for number in range(len(plan))]
+    missing = [path for path in paths if not path.is_file()]
+    _check_space(folder, [plan[paths.index(path)] for path in missing])
+    with tqdm(total=len(rows), desc=f"packing {manifest.stem}", unit="file") as progress:
+        for path, utterances in zip(paths, plan, strict=True):
+            if path in missing:
+                _write_shard(path, utterances)
+            with tarfile.open(path) as shard:
+                places = {member.name: member for member in shard}
+            for row in utterances:
+                member = places[_audio_name(row)]
+                row["wav"] = f"{path.resolve()}:{member.offset_data}:{member.size}"
+            progress.update(len(utterances))
+    partial = packed.with_suffix(".partial")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, packed)
+
+
+def read_audio(place):
+    """Read an utterance from a shard, as SpeechBrain's `read_audio` does from a file.
+
+    Arguments
+    ---------
+    place : str
+        "SHARD:OFFSET:SIZE", both numbers in bytes.
+
+    Raises
+    ------
+    OSError
+        If there is no audio; the message has `place`.
+    """
+    path, offset, size = place.rsplit(":", 2)
+    with open(path, "rb") as shard:
+        shard.seek(int(offset))
+        audio = io.BytesIO(shard.read(int(size)))
+    try:
+        return dataio.read_audio(audio)
+    except RuntimeError as error:
+        raise OSError(f"no audio at {place}: {error}") from error
+
+
+def _audio_name(row):
+    return row["ID"] + Path(row["wav"]).suffix
+
+
+def _plan(rows):
+    """Cut the rows into shards of about SHARD_BYTES of audio."""
+    plan, size = [[]], 0
+    for row in rows:
+        if size >= SHARD_BYTES:
+            plan.append([])
+            size = 0
+        plan[-1].append(row)
+        size += os.path.getsize(row["wav"])
+    return plan
+
+
+def _check_space(folder, plan):
+    # A tar file rounds each member up to 512 bytes and adds a header of 512.
+    needed = sum(os.path.getsize(row["wav"]) + 2048 for shard in plan for row in shard)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"shard_folder {folder} has {free / 2**20:.0f} MiB free, "
+            f"but the shards take {needed / 2**20:.0f} MiB"
+        )
+
+
+def _write_shard(path, rows):
+    partial = path.with_suffix(".partial")
+    with tarfile.open(partial, "w") as shard:
+        for row in rows:
+            shard.add(row["wav"], _audio_name(row))
+            text = row["wrd"].encode()
+            member = tarfile.TarInfo(f"{row['ID']}.txt")
+            member.size = len(text)
+            shard.addfile(member, io.BytesIO(text))
+    os.replace(partial, path)

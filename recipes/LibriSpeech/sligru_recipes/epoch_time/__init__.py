@@ -1,0 +1,1 @@
+"""How long an epoch takes with our RNNs and with SpeechBrain's."""

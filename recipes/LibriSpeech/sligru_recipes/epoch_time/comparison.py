@@ -1,0 +1,323 @@
+"""The comparison of compare_epoch_time.py: what is compared with what, and when it refuses to.
+
+Everything but `rnn_class` is the same for all variants of a precision: initial weights (one
+state_dict copied into all), batches, their order, the seed of every step, so also augmentation and
+the dropout outside the RNN. The variants of an RNN and a precision take turns on blocks of batches,
+each block beginning with another one (`--isolate`: one after the other, each in a process of its
+own). A step is timed from the request for its batch to the updated weights; the recipe itself
+waits there for the GPU, once a step. The first steps, on the longest batch, are reported apart.
+Where the loader has processes of its own, they start before and may be some batches ahead when a
+variant's turn comes; the report's loader_utilisation tells if they could keep it up.
+
+`--batches=N` takes N of the epoch's own batches, evenly spaced from the shortest to the longest,
+and estimates the epoch from them; `--full` takes all.
+
+No ratio is printed, and the exit status is 1, unless
+
+- every variant saw the same batches, utterance by utterance;
+- without dropout and augmentation, in fp32 without TF32, the first 20 losses, on the shorter half
+  of the batches, agree with stock's within 1e-3 relative (at 0.01 of the learning rate, see
+  AGREEMENT_LR in runs.py; the report tells how far stock departs from itself when its weights
+  are moved by 1e-7);
+- in the timed run the losses differ from stock's on average no more than those of a second stock
+  run with another seed do, but for chance (SEED_CHANCE).
+
+After the timing, a few more steps are taken with hooks that mark the phases (phases.py). The
+peak memory is that of training on the longest batch: on a GPU what PyTorch's allocator handed out
+at most, on a CPU how far the peak resident memory of a process of its own grew (Linux only).
+
+The report (report.py tells what is in it) is written anew after every RNN and precision, so
+one that was interrupted is valid; `--resume` continues it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+
+import scipy.stats
+from speechbrain.utils.autocast import AMPConfig
+from tqdm import tqdm
+
+import sb_fast_sligru
+from sb_fast_sligru import machine
+
+from . import report as epoch_report
+from . import runs as epoch_runs
+from .checks import Refused, check_agreement, check_same_batches, check_seed_spread
+from .recipe import choose_batches, load_recipe
+from .runs import OTHER_SEED, Variant
+
+CELLS = {
+    "SLi-GRU": {"ours": "sb_fast_sligru.SLiGRU", "stock": "speechbrain.nnet.RNN.SLiGRU"},
+    "Li-GRU": {"ours": "sb_fast_sligru.LiGRU", "stock": "speechbrain.nnet.RNN.LiGRU"},
+    # PyTorch's, so cuDNN's on a GPU: another model, for the time alone.
+    "LSTM": {"torch": "speechbrain.nnet.RNN.LSTM"},
+    "GRU": {"torch": "speechbrain.nnet.RNN.GRU"},
+}
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+AGREEMENT_STEPS = 20
+SEED_DISTANCE = 10**6  # of the other seed from the recipe's
+
+
+def epoch_seconds(seconds, passes, padded, padded_in_epoch):
+    """Seconds of a whole epoch from those of the steps.
+
+    Arguments
+    ---------
+    seconds : list of float
+        Of every step, pass after pass.
+    passes : int
+    padded : list of float
+        Padded seconds of audio of the batches taken.
+    padded_in_epoch : list of float
+        The same of all batches of the epoch.
+
+    Returns
+    -------
+    estimate : float
+        Of a sample: its seconds a padded second, times the epoch's padded seconds.
+    interval : tuple of float
+        All batches were taken: the fastest and the slowest pass. A sample: the 95 % confidence
+        interval of the ratio estimator under sampling without replacement.
+    """
+    count, total = len(padded), len(padded_in_epoch)
+    passes_seconds = [sum(seconds[i * count : (i + 1) * count]) for i in range(passes)]
+    if count == total:
+        return statistics.fmean(passes_seconds), (min(passes_seconds), max(passes_seconds))
+    per_batch = [statistics.fmean(seconds[i::count]) for i in range(count)]
+    rate = sum(per_batch) / sum(padded)
+    estimate = rate * sum(padded_in_epoch)
+    residuals = [t - rate * p for t, p in zip(per_batch, padded, strict=True)]
+    deviation = math.sqrt(sum(r * r for r in residuals) / (count - 1))
+    quantile = scipy.stats.t.ppf(0.975, count - 1).item()
+    half = quantile * total * deviation * math.sqrt((1 - count / total) / count)
+    return estimate, (estimate - half, estimate + half)
+
+
+def implementations(cell, options):
+    """Name -> class of an RNN's variants, in the order of taking turns."""
+    classes = dict(CELLS[cell])
+    if "stock" in classes:
+        classes[OTHER_SEED] = classes["stock"]
+        if options.stock_jit:
+            classes["stock, jit"] = classes["stock"]
+        if options.stock_compile:
+            classes["stock, compile"] = classes["stock"]
+    return classes
+
+
+def compare_losses(recipe, cell, chosen, progress):
+    """Train ours, stock, and stock from weights moved a little, without dropout for a few steps.
+
+    Returns the entry of report.json.
+    """
+    shorter = sorted(chosen, key=recipe.padded_seconds)[: math.ceil(len(chosen) / 2)]
+    batches = [shorter[step % len(shorter)] for step in range(AGREEMENT_STEPS)]
+    runs, losses, weights = [], {}, None
+    with machine.tf32(False):
+        for name in ("ours", "stock", "stock_moved"):
+            implementation = name.removesuffix("_moved")
+            rnn_class = CELLS[cell][implementation]
+            variant = Variant(cell, "fp32", implementation, rnn_class, recipe.hparams["seed"])
+            start = weights if name == implementation else epoch_runs.moved(weights)
+            run = epoch_runs.start_run(recipe, variant, batches, start, for_agreement=True)
+            weights = weights or epoch_runs.initial_weights(run)
+            _, losses[name] = epoch_runs.train(run, len(batches), progress)
+            run.brain = None
+            runs.append(run)
+    check_same_batches(runs)
+    return check_agreement(cell, **losses)
+
+
+def compare(arguments, options):
+    """Run the whole comparison and write its report.
+
+    Arguments
+    ---------
+    arguments : list of str
+        Command line of the recipe.
+    options : Options
+
+    Returns
+    -------
+    report : dict
+        As in report.json; see report.py.
+    folder : Path
+        Where it was written.
+    """
+    if options.passes < 1:
+        raise ValueError(f"passes must be at least 1, got {options.passes}")
+    with load_recipe(arguments, options) as recipe:
+        if not options.precisions:
+            options = dataclasses.replace(options, precisions=(recipe.hparams["precision"],))
+        if "tf32" in options.precisions and "cuda" not in recipe.device:
+            raise ValueError(f"precision tf32 needs a CUDA device, got {recipe.device}")
+        chosen = choose_batches(recipe, options)
+        report = describe(recipe, arguments, options, chosen)
+        if options.resume:
+            report = epoch_report.resume(report, recipe.output_folder)
+        else:
+            epoch_report.remove(recipe.output_folder)
+        if report["refused"] is None:
+            try:
+                with epoch_runs.quiet():
+                    measure(report, recipe, arguments, options, chosen)
+            except Refused as error:
+                report["refused"] = str(error)
+            except KeyboardInterrupt:
+                report["interrupted"] = True
+            epoch_report.write(report, recipe.output_folder)
+        return report, recipe.output_folder
+
+
+def measure(report, recipe, arguments, options, chosen):
+    """Fill the report's checks, variants and ratios, group by group; Refused ends it early."""
+    done = {(variant["cell"], variant["precision"]) for variant in report["variants"]}
+    groups = [
+        make_variants(recipe, options, cell, precision)
+        for cell in options.cells
+        for precision in options.precisions
+        if (cell, precision) not in done
+    ]
+    agreement = report["checks"]["agreement"]
+    to_agree = {v.cell for group in groups for v in group if v.implementation == "ours"}
+    to_agree -= agreement.keys()
+    plans = (epoch_runs.plan_of_run(recipe, options, v, chosen) for group in groups for v in group)
+    total = 3 * AGREEMENT_STEPS * len(to_agree) + sum(map(len, plans))
+    if report["loader"] is None:
+        report["loader"] = {
+            "processes": recipe.loader_options.get("num_workers", 0),
+            "seconds_per_batch": epoch_runs.loading_seconds(recipe, chosen),
+        }
+    with tqdm(total=total, unit="step", smoothing=0.02) as progress:
+        for variants in groups:
+            cell, precision = variants[0].cell, variants[0].precision
+            if cell in to_agree - agreement.keys():
+                progress.set_description(f"{cell}: agreement without dropout")
+                agreement[cell] = compare_losses(recipe, cell, chosen, progress)
+            progress.set_description(f"{cell} {precision}")
+            if options.isolate:
+                runs = []
+                for variant in variants:
+                    run = epoch_runs.in_own_process(
+                        epoch_runs.time_alone, arguments, options, variant, variants[0]
+                    )
+                    runs.append(run)
+                    progress.update(len(epoch_runs.plan_of_run(recipe, options, variant, chosen)))
+            else:
+                runs = epoch_runs.time_variants(recipe, options, variants, chosen, progress)
+            if "cuda" not in recipe.device:
+                for run in runs:
+                    if not run.variant.for_spread:
+                        run.peak_memory = epoch_runs.in_own_process(
+                            epoch_runs.peak_resident_memory, arguments, options, run.variant
+                        )
+            add_group(report, recipe, options, chosen, runs)
+            epoch_report.write(report, recipe.output_folder)
+
+
+def make_variants(recipe, options, cell, precision):
+    """The variants of one RNN and precision, in the order of taking turns."""
+    seed = recipe.hparams["seed"]
+    seeds = {OTHER_SEED: seed + SEED_DISTANCE}
+    return [
+        Variant(cell, precision, name, rnn_class, seeds.get(name, seed))
+        for name, rnn_class in implementations(cell, options).items()
+    ]
+
+
+def add_group(report, recipe, options, chosen, runs):
+    """Add the runs of one RNN and precision to the report, or refuse to compare them."""
+    check_same_batches(runs)
+    padded, padded_in_epoch = (
+        [recipe.padded_seconds(batch) for batch in plan] for plan in (chosen, recipe.plan)
+    )
+    digest = hashlib.sha256(json.dumps(runs[0].batches).encode()).hexdigest()
+    if report["variants"] and report["variants"][0]["batches_sha256"] != digest:
+        raise Refused(f"{runs[0].variant.name} did not see the batches of the variants before it")
+    loader, curves, seconds = report["loader"], {}, {}
+    for run in runs:
+        variant = run.variant
+        estimate, interval = epoch_seconds(run.seconds, options.passes, padded, padded_in_epoch)
+        curves[variant.implementation] = run.losses
+        seconds[variant.implementation] = estimate
+        report["variants"].append(
+            {
+                **dataclasses.asdict(variant),
+                "backend": _backend(recipe, variant),
+                "epoch_seconds": estimate,
+                "interval": interval,
+                "step_seconds": run.seconds,
+                "losses": run.losses,
+                "batches_sha256": digest,
+                "warm_up_seconds": run.warm_up,
+                "peak_memory_bytes": run.peak_memory,
+                "joules": run.joules,
+                "loader_utilisation": loader["seconds_per_batch"]
+                * len(run.seconds)
+                / (max(1, loader["processes"]) * sum(run.seconds)),
+                "breakdown_ms": run.breakdown,
+                "breakdown_overhead": run.overhead,
+            }
+        )
+    report["checks"]["same_batches"] = True
+    if "ours" in curves:
+        group = f"{runs[0].variant.cell} {runs[0].variant.precision}"
+        report["checks"]["seed_spread"][group] = check_seed_spread(
+            group, *(curves[name] for name in ("ours", "stock", OTHER_SEED))
+        )
+        peers = [
+            value for name, value in seconds.items() if name in ("stock", *epoch_runs.COMPILERS)
+        ]
+        report["ratios"][group] = min(peers) / seconds["ours"]
+
+
+def _backend(recipe, variant):
+    if variant.implementation != "ours":
+        return None
+    dtype = AMPConfig.from_name("fp32" if variant.precision == "tf32" else variant.precision).dtype
+    hidden = recipe.hparams["rnn_neurons"]
+    return sb_fast_sligru.ops.choose_backend(recipe.device, hidden, dtype)[0]
+
+
+def describe(recipe, arguments, options, chosen):
+    """The part of the report that says what was run on what."""
+    own = dataclasses.asdict(options)
+    del own["resume"], own["commit"]
+    hparams = recipe.hparams
+    augmentations = [
+        name.removeprefix("enable_")
+        for name, value in hparams.items()
+        if name.startswith("enable_") and value
+    ]
+    return epoch_report.environment(recipe.device, options.commit) | {
+        "settings": {
+            "arguments": list(arguments),
+            "options": own,
+            "recipe": recipe.brain_class.__name__,
+            "batch": f"{hparams['max_batch_length']} s"
+            if hparams["dynamic_batching"]
+            else f"{hparams['batch_size']} utterances",
+            "augmentations": augmentations,
+            "seed": hparams["seed"],
+        },
+        "data": {
+            "source": recipe.source,
+            "io": recipe.io,
+            "batches_in_epoch": len(recipe.plan),
+            "audio_seconds_in_epoch": sum(map(recipe.audio_seconds, recipe.plan)),
+            "batches": len(chosen),
+            "passes": options.passes,
+            "audio_seconds": sum(map(recipe.audio_seconds, chosen)),
+            "padded_seconds": sum(map(recipe.padded_seconds, chosen)),
+            "longest_utterances": [recipe.longest(batch) for batch in chosen],
+        },
+        "loader": None,
+        "checks": {"same_batches": False, "agreement": {}, "seed_spread": {}},
+        "variants": [],
+        "ratios": {},
+        "refused": None,
+        "interrupted": False,
+    }

@@ -1,0 +1,174 @@
+"""The inference folder of a run: weights, tokenizer, and a YAML derived from the run's own."""
+
+import io
+import os
+import re
+import shutil
+from pathlib import Path
+
+import sentencepiece
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import TaggedScalar
+from speechbrain.utils.checkpoints import Checkpointer
+
+HEADER = (
+    "# SpeechBrain's inference YAML, made by export_inference.py from the YAML of the training\n"
+)
+# What joins the run's own description of the model, by the recipe that trained it.
+CTC = """
+encoder: !new:speechbrain.nnet.containers.LengthsCapableSequential
+    compute_features: !ref <compute_features>
+    normalize: !ref <normalize>
+    enc: !ref <enc>
+    ctc_lin: !ref <ctc_lin>
+    log_softmax: !ref <log_softmax>
+
+modules:
+    encoder: !ref <encoder>
+    normalize: !ref <normalize>  # on its own too: else its statistics stay on the CPU
+"""
+SEQ2SEQ = """
+encoder: !new:speechbrain.nnet.containers.LengthsCapableSequential
+    compute_features: !ref <compute_features>
+    normalize: !ref <normalize>
+    enc: !ref <enc>
+
+scorer: !new:speechbrain.decoders.scorer.ScorerBuilder
+    full_scorers: [!ref <coverage_scorer>]
+    partial_scorers: [!ref <ctc_scorer>]
+    weights:
+        coverage: !ref <coverage_penalty>
+        ctc: !ref <ctc_weight_decode>
+
+modules:
+    encoder: !ref <encoder>
+    decoder: !ref <test_search>
+    normalize: !ref <normalize>  # on its own too: else its statistics stay on the CPU,
+    model: !ref <model>  # and so would the scorers' weights
+"""
+COMMON = """
+tokenizer: !new:sentencepiece.SentencePieceProcessor
+
+audio_normalizer: !new:speechbrain.dataio.preprocess.AudioNormalizer
+    sample_rate: !ref <sample_rate>
+
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:  # KEY.ckpt in this folder
+        model: !ref <model>
+        normalizer: !ref <normalize>
+        tokenizer: !ref <tokenizer>
+    custom_hooks:  # SpeechBrain's default would leave what does not fit at random values
+        model: !name:speechbrain.utils.checkpoints.torch_recovery
+            end_of_epoch: True
+"""
+
+
+def export(run_folder, folder=None):
+    """Write the inference folder of a run.
+
+    Arguments
+    ---------
+    run_folder : str or Path
+        `output_folder` of train_ctc.py or train_seq2seq.py, with at least one finished epoch.
+    folder : str or Path, optional
+        Made if absent; files of an earlier export are replaced. RUN_FOLDER/inference by default.
+
+    Returns
+    -------
+    Path
+        The folder. It has hyperparams.yaml, model.ckpt, normalizer.ckpt, tokenizer.ckpt, and
+        lm.ckpt if the run decoded with a language model.
+
+    Raises
+    ------
+    FileNotFoundError
+        If `run_folder` is no run's, or has no finished epoch, or a file is missing.
+    """
+    run_folder = Path(run_folder)
+    folder = run_folder / "inference" if folder is None else Path(folder)
+    path = run_folder / "hyperparams.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_folder} is not the folder of a run: no hyperparams.yaml")
+    run_yaml = path.read_text(encoding="utf-8")
+    hparams = YAML().load(run_yaml)
+    # The run may have been moved since.
+    save_folder = run_folder / os.path.relpath(hparams["save_folder"], hparams["output_folder"])
+    checkpoint = None
+    if save_folder.is_dir():
+        checkpoint = Checkpointer(save_folder).find_checkpoint(min_key="WER")
+    if checkpoint is None:
+        raise FileNotFoundError(f"{save_folder} has no checkpoint of a finished epoch")
+    files = {
+        "model.ckpt": checkpoint.paramfiles["model"],
+        "normalizer.ckpt": checkpoint.paramfiles["normalizer"],
+        "tokenizer.ckpt": _find_tokenizer(save_folder, hparams),
+    }
+    entries = _entries(run_yaml)
+    if "test_search" in entries:
+        inference = YAML().load(SEQ2SEQ + COMMON)
+        _build(entries, "test_search", scorer="scorer")
+        if hparams["lm_folder"]:
+            _add_language_model(inference, entries)
+            files["lm.ckpt"] = Path(hparams["lm_folder"], "lm.ckpt")
+    else:
+        inference = YAML().load(CTC + COMMON)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, source in files.items():
+        shutil.copyfile(source, folder / name)
+    text = io.StringIO()
+    YAML().dump(inference, text)
+    text = HEADER + _needed(entries, text.getvalue()) + "\n" + text.getvalue()
+    (folder / "hyperparams.yaml").write_text(text, encoding="utf-8", newline="\n")
+    return folder
+
+
+def _find_tokenizer(save_folder, hparams):
+    # Its name tells the size that was asked for, which can be more than it has.
+    for path in save_folder.glob(f"*_{hparams['token_type']}.model"):
+        size = sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
+        if size == hparams["vocab_size"]:
+            return path
+    raise FileNotFoundError(f"{save_folder} has no tokenizer of {hparams['vocab_size']} tokens")
+
+
+def _entries(run_yaml):
+    """Key -> its lines in a run's YAML, without comment lines.
+
+    SpeechBrain saves the YAML of a run with anchors where several keys share an object. They
+    become references to keys again: overriding one, such as `rnn_class`, then has its effect.
+    """
+    for key, anchor in re.findall(r"^(\w+): &(id\d+)\b", run_yaml, re.MULTILINE):
+        run_yaml = re.sub(rf" &{anchor}\b", "", run_yaml)
+        run_yaml = re.sub(rf"\*{anchor}\b", f"!ref <{key}>", run_yaml)
+    lines = re.sub(r"^\s*(#.*)?\n", "", run_yaml, flags=re.MULTILINE)
+    found = re.findall(r"^((\w+):.*\n(?:[ -].*\n)*)", lines, re.MULTILINE)
+    return {key: entry for entry, key in found}
+
+
+def _build(entries, key, **arguments):
+    """Let an entry that names a class (for the recipe to complete) build an object instead."""
+    entries[key] = entries[key].replace("!name:", "!new:", 1)
+    for name, reference in arguments.items():
+        entries[key] += f"  {name}: !ref <{reference}>\n"
+
+
+def _add_language_model(inference, entries):
+    _build(entries, "lm_model")
+    _build(entries, "rnnlm_scorer", language_model="lm_model")
+    language_model = TaggedScalar("<lm_model>", tag="!ref")
+    inference["scorer"]["full_scorers"].append(TaggedScalar("<rnnlm_scorer>", tag="!ref"))
+    inference["scorer"]["weights"]["rnnlm"] = TaggedScalar("<lm_weight>", tag="!ref")
+    inference["modules"]["lm"] = language_model
+    inference["pretrainer"]["loadables"]["lm"] = language_model
+    hooks = inference["pretrainer"]["custom_hooks"]
+    hooks["lm"] = hooks["model"]
+
+
+def _needed(entries, inference):
+    """The lines of all keys that the inference YAML refers to, directly or by others."""
+    needed, missing = {"decoding_function"}, [inference]
+    while missing:
+        keys = set(re.findall(r"!ref <(\w+)>", missing.pop())) & entries.keys()
+        missing += [entries[key] for key in keys - needed]
+        needed |= keys
+    return "".join(lines for key, lines in entries.items() if key in needed)

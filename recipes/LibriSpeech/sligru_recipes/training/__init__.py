@@ -1,0 +1,1 @@
+"""Training a recogniser or a language model."""

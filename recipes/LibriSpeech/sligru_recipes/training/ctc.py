@@ -1,0 +1,32 @@
+"""Encoder and CTC: the recogniser of train_ctc.py."""
+
+import speechbrain as sb
+
+from .recogniser import ASR
+
+
+class CTC(ASR):
+    """Encoder, CTC loss and greedy decoding."""
+
+    def compute_forward(self, batch, stage):
+        """Map waveforms to log-probabilities.
+
+        Returns
+        -------
+        log_probs : torch.Tensor
+            [B, T, tokens] float32, T in encoder frames.
+        wav_lens : torch.Tensor
+            [B] length of each utterance relative to the longest.
+        """
+        states, wav_lens = self.encode(batch.to(self.device), stage)
+        logits = self.modules.ctc_lin(states)
+        return self.hparams.log_softmax(logits.float()), wav_lens
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Return the CTC loss of the batch; out of training, also count its errors."""
+        log_probs, wav_lens = predictions
+        tokens, token_lens = self.augment_targets(stage, *batch.tokens)
+        loss = self.hparams.ctc_cost(log_probs, tokens, wav_lens, token_lens)
+        if stage != sb.Stage.TRAIN:
+            self.count_errors(batch, self.hparams.decoding_function(log_probs, wav_lens))
+        return loss

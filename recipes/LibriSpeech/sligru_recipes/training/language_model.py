@@ -1,0 +1,148 @@
+"""The RNN language model of train_lm.py: its text, its training, its files."""
+
+import csv
+import math
+import os
+import shutil
+
+import numpy as np
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.utils.distributed import run_on_main
+
+from .brain import RecipeBrain, make_brain
+from .data import prepare_data
+from .experiment import fit_to_tokenizer, start_experiment
+from .tokenizer import check_characters, load_tokenizer
+
+
+class LanguageModel(RecipeBrain):
+    """Negative log-likelihood of each next token."""
+
+    def make_dataloader(self, dataset, stage, *args, **kwargs):
+        """SpeechBrain's, with the batches that it makes of its own datasets."""
+        return super().make_dataloader(dataset, stage, *args, collate_fn=PaddedBatch, **kwargs)
+
+    def compute_forward(self, batch, stage):
+        """Map the tokens so far to log-probabilities, [B, U + 1, tokens] float32."""
+        tokens_bos, _ = batch.to(self.device).tokens_bos
+        return self.hparams.log_softmax(self.modules.model(tokens_bos).float())
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Return the mean negative log-likelihood of a token."""
+        tokens_eos, lengths = batch.tokens_eos
+        return self.hparams.seq_cost(predictions, tokens_eos, length=lengths)
+
+    def collect_stats(self, loss):
+        """Perplexity of a token."""
+        return {"perplexity": math.exp(loss)}
+
+
+class Sentences(torch.utils.data.Dataset):
+    """The lines of a text file as token sequences; empty lines are left out.
+
+    Only the lines' positions are held in memory.
+
+    Arguments
+    ---------
+    path : str
+    tokenizer : SentencePiece
+    bos_index, eos_index : int
+
+    Raises
+    ------
+    ValueError
+        If there is no line, or one has characters that the tokenizer does not know.
+    """
+
+    def __init__(self, path, tokenizer, bos_index, eos_index):
+        self.path, self.tokenizer = path, tokenizer
+        self.bos_index, self.eos_index = bos_index, eos_index
+        positions = []
+
+        def lines():
+            position = 0
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        positions.append(position)
+                        yield f"line {number}", line.decode().strip()
+                    position += len(line)
+
+        check_characters(path, lines(), tokenizer)
+        if not positions:
+            raise ValueError(f"{path} has no sentence")
+        self.positions = np.array(positions, dtype=np.int64)
+
+    def __len__(self):
+        return len(self.positions)
+
+    def __getitem__(self, index):
+        with open(self.path, "rb") as file:
+            file.seek(self.positions[index])
+            tokens = self.tokenizer.sp.encode_as_ids(file.readline().decode().strip())
+        return {
+            "tokens_bos": torch.LongTensor([self.bos_index, *tokens]),
+            "tokens_eos": torch.LongTensor([*tokens, self.eos_index]),
+        }
+
+
+def write_text(manifest):
+    """Write the transcripts of SPLIT.csv to SPLIT.txt beside it; returns its path."""
+    path = os.path.splitext(manifest)[0] + ".txt"
+    with (
+        open(manifest, newline="", encoding="utf-8") as source,
+        open(path, "w", encoding="utf-8") as file,
+    ):
+        file.writelines(f"{row['wrd']}\n" for row in csv.DictReader(source))
+    return path
+
+
+def run(argv, script):
+    """Prepare, train and test.
+
+    Arguments
+    ---------
+    argv : list of str or None
+        Command line; None: that of the process.
+    script : str
+        The file of the command, which is saved with the run.
+
+    Returns
+    -------
+    dict
+        Test split -> {"loss": ..., "perplexity": ...}.
+    """
+    hparams, run_opts, *yaml = start_experiment(argv, script)
+    prepare_data(hparams)
+    train_text = hparams["text_file"] or run_on_main(write_text, [hparams["train_csv"]])
+    tokenizer = load_tokenizer(hparams, train_text)
+    hparams = fit_to_tokenizer(hparams, *yaml, tokenizer)
+
+    def load(text):
+        return Sentences(text, tokenizer, hparams["bos_index"], hparams["eos_index"])
+
+    train_data = load(train_text)
+    valid_data = load(run_on_main(write_text, [hparams["valid_csv"]]))
+    test_data = {
+        os.path.splitext(os.path.basename(path))[0]: load(run_on_main(write_text, [path]))
+        for path in hparams["test_csv"]
+    }
+    brain = make_brain(LanguageModel, hparams, run_opts, tokenizer)
+    brain.fit(
+        hparams["epoch_counter"],
+        train_data,
+        valid_data,
+        train_loader_kwargs=hparams["train_dataloader_opts"],
+        valid_loader_kwargs=hparams["valid_dataloader_opts"],
+    )
+    brain.on_evaluate_start(min_key="loss")  # loads the best checkpoint
+    run_on_main(save_for_search, [hparams, tokenizer])
+    return {split: brain.test(split, dataset) for split, dataset in test_data.items()}
+
+
+def save_for_search(hparams, tokenizer):
+    """Write lm.ckpt and tokenizer.ckpt, which train_seq2seq.py reads, to the output folder."""
+    folder = hparams["output_folder"]
+    torch.save(hparams["model"].state_dict(), os.path.join(folder, "lm.ckpt"))
+    shutil.copyfile(f"{tokenizer.prefix_model_file}.model", os.path.join(folder, "tokenizer.ckpt"))

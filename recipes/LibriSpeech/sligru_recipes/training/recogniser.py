@@ -1,0 +1,123 @@
+"""What the speech recognisers share: encoder, error rates, and the run from data to results."""
+
+import os
+
+import speechbrain as sb
+from speechbrain.utils.distributed import run_on_main
+
+from ..inference.export import export
+from .brain import RecipeBrain, make_brain
+from .data import batching, dataio_prepare, prepare_data
+from .experiment import fit_to_tokenizer, start_experiment
+from .tokenizer import load_tokenizer
+
+
+class ASR(RecipeBrain):
+    """Features, encoder and error rates.
+
+    A subclass says in `targets` which token sequences of `dataio_prepare` its batches have.
+    """
+
+    best_by = "WER"
+    targets = ("tokens",)
+
+    def __init__(self, tokenizer, **kwargs):
+        super().__init__(tokenizer, **kwargs)
+        # It resamples on the CPU unless it is told otherwise.
+        self.hparams.speed_perturb.device = self.device
+
+    def encode(self, batch, stage):
+        """Map a batch's waveforms, augmented in training, to encoder states.
+
+        Returns
+        -------
+        states : torch.Tensor
+            [B, T, features], T in encoder frames; B is larger than the batch where augmentation
+            adds copies (`augment_targets` follows).
+        wav_lens : torch.Tensor
+            [B] length of each utterance relative to the longest.
+        """
+        wavs, wav_lens = batch.sig
+        if stage == sb.Stage.TRAIN:
+            wavs, wav_lens = self.hparams.wav_augment(wavs, wav_lens)
+        feats = self.hparams.compute_features(wavs)
+        feats = self.modules.normalize(feats, wav_lens, epoch=self.hparams.epoch_counter.current)
+        return self.modules.enc(feats), wav_lens
+
+    def augment_targets(self, stage, *targets):
+        """Repeat token sequences and lengths as augmentation did the waveforms."""
+        if stage == sb.Stage.TRAIN:
+            return self.hparams.wav_augment.replicate_multiple_labels(*targets)
+        return targets
+
+    def count_errors(self, batch, token_ids):
+        """Add a batch's hypotheses, lists of token IDs, to the error rates."""
+        hypotheses = self.tokenizer(token_ids, task="decode_from_list")
+        references = [words.split(" ") for words in batch.wrd]
+        self.wer_metric.append(batch.id, hypotheses, references)
+        self.cer_metric.append(batch.id, hypotheses, references)
+
+    def on_stage_start(self, stage, epoch=None):
+        """Start counting errors anew."""
+        super().on_stage_start(stage, epoch)
+        if stage != sb.Stage.TRAIN:
+            self.wer_metric = self.hparams.error_rate_computer()
+            self.cer_metric = self.hparams.cer_computer()
+
+    def collect_stats(self, loss):
+        """WER and CER in %."""
+        return {
+            "WER": self.wer_metric.summarize("error_rate"),
+            "CER": self.cer_metric.summarize("error_rate"),
+        }
+
+    def test(self, split, dataset):
+        """Evaluate one split as `RecipeBrain.test` does, and write wer_SPLIT.txt, cer_SPLIT.txt."""
+        stats = super().test(split, dataset)
+        run_on_main(self._write_errors, [split])
+        return stats
+
+    def _write_errors(self, split):
+        for name, metric in (("wer", self.wer_metric), ("cer", self.cer_metric)):
+            path = os.path.join(self.hparams.output_wer_folder, f"{name}_{split}.txt")
+            with open(path, "w", encoding="utf-8") as file:
+                metric.write_stats(file)
+
+
+def run(brain_class, argv, script):
+    """Prepare, train, test and, by the key `export_inference`, make the folder for inference.
+
+    Arguments
+    ---------
+    brain_class : type
+        Subclass of `ASR`.
+    argv : list of str or None
+        Command line; None: that of the process.
+    script : str
+        The file of the command, which is saved with the run.
+
+    Returns
+    -------
+    dict
+        Test split -> {"loss": ..., "WER": ..., "CER": ...}, both rates in %.
+    """
+    hparams, run_opts, *yaml = start_experiment(argv, script)
+    prepare_data(hparams)
+    tokenizer = load_tokenizer(hparams)
+    hparams = fit_to_tokenizer(hparams, *yaml, tokenizer)
+    train_data, valid_data, test_data = dataio_prepare(hparams, tokenizer, brain_class.targets)
+    brain = make_brain(brain_class, hparams, run_opts, tokenizer)
+    train_data, train_loader_kwargs = batching(hparams, train_data)
+    # Brain tells this sampler the epoch: else every epoch would have the same batches.
+    brain.train_sampler = train_loader_kwargs.get("batch_sampler")
+    brain.fit(
+        hparams["epoch_counter"],
+        train_data,
+        valid_data,
+        train_loader_kwargs=train_loader_kwargs,
+        valid_loader_kwargs=hparams["valid_dataloader_opts"],
+    )
+    results = {split: brain.test(split, dataset) for split, dataset in test_data.items()}
+    if hparams["export_inference"] and not brain.debug:  # which keeps no checkpoint
+        run_on_main(export, [hparams["output_folder"]])
+    return results

@@ -1,0 +1,488 @@
+"""The epoch-time comparison: tiny runs on the CPU, their reports, and the cases without a ratio."""
+
+import json
+import random
+import re
+
+import pytest
+import speechbrain.nnet.RNN
+import torch
+from helpers import ROOT
+
+import compare_epoch_time
+from sb_fast_sligru import machine
+from sligru_recipes.corpora import simulated as simulation
+from sligru_recipes.corpora.embedded import make_corpus
+from sligru_recipes.epoch_time import comparison as compare
+from sligru_recipes.epoch_time import readme as epoch_readme
+from sligru_recipes.epoch_time import report as epoch_report
+from sligru_recipes.epoch_time import runs as epoch_runs
+from sligru_recipes.epoch_time import texts
+from sligru_recipes.epoch_time.checks import (
+    Refused,
+    check_agreement,
+    check_same_batches,
+    check_seed_spread,
+)
+from sligru_recipes.epoch_time.phases import PHASES
+from sligru_recipes.epoch_time.recipe import Options, load_recipe, spread
+from sligru_recipes.epoch_time.runs import Run, Variant
+from sligru_recipes.training.ctc import CTC
+
+
+class WrongSLiGRU(speechbrain.nnet.RNN.SLiGRU):
+    """Of SpeechBrain's weights, but of another output (a mere factor is normalised away later)."""
+
+    def forward(self, x, hx=None):
+        output, hh = super().forward(x, hx)
+        return output.cumsum(1), hh
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder, {"train-clean-100": (2, 8), "dev-clean": (1, 2), "test-clean": (1, 2)})
+    return folder
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """A model of a few units, 3 steps of agreement, no process of its own for the memory."""
+    monkeypatch.setattr(compare, "AGREEMENT_STEPS", 3)
+    monkeypatch.setattr(epoch_runs, "in_own_process", lambda function, *arguments: None)
+    return [
+        f"--output_folder={tmp_path / 'report'}",
+        "--device=cpu",
+        "--rnn_neurons=8",
+        "--dnn_neurons=8",
+    ]
+
+
+@pytest.fixture
+def arguments(corpus, settings):
+    """CTC on the embedded corpus, batches of 2 to 3 utterances."""
+    return [
+        str(ROOT / "hparams/librispeech_ctc.yaml"),
+        f"--overrides={ROOT / 'hparams/librispeech_ctc_mini.yaml'}",
+        f"--data_folder={corpus}",
+        "--max_batch_length=12",
+        *settings,
+    ]
+
+
+@pytest.fixture
+def simulated(settings, monkeypatch):
+    """Seq2seq on 40 utterances of 1 to 3 s."""
+    monkeypatch.setitem(simulation.SPLITS, "dev-clean", (40, 1.0, *[2.0] * 13, 3.0))
+    return [
+        str(ROOT / "hparams/librispeech_seq2seq.yaml"),
+        f"--overrides={ROOT / 'hparams/librispeech_seq2seq_mini.yaml'}",
+        "--dec_neurons=8",
+        "--attn_dim=8",
+        "--max_batch_length=6",
+        "--simulate=dev-clean",
+        *settings,
+    ]
+
+
+def run_main(arguments, *own):
+    with pytest.raises(SystemExit) as end:
+        compare_epoch_time.main([*arguments, *own])
+    return end.value.code
+
+
+def read_report(tmp_path):
+    return json.loads((tmp_path / "report/report.json").read_text())
+
+
+def documented_keys(indent):
+    found = re.findall(rf"^ {{{indent}}}(\w+(?:, \w+)*)  ", epoch_report.__doc__, re.M)
+    return [name for names in found for name in names.split(", ")]
+
+
+def a_run(batches, cell="SLi-GRU", implementation="ours"):
+    return Run(Variant(cell, "fp32", implementation, "", 0), batches=list(batches))
+
+
+@pytest.mark.slow
+def test_report(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()  # the real process for the memory
+    monkeypatch.setattr(compare, "AGREEMENT_STEPS", 3)
+    compare_epoch_time.main([*arguments, "--batches=2", "--passes=2", "--cells", "SLi-GRU"])
+    report = read_report(tmp_path)
+    assert list(report) == documented_keys(4)
+    assert report["refused"] is None and not report["interrupted"]
+    assert report["checks"]["same_batches"]
+    agreement = report["checks"]["agreement"]["SLi-GRU"]
+    assert agreement["largest_relative_difference"] <= agreement["bound"] == 1e-3
+    assert 0 < agreement["stock_moved_difference"] < 1e-3
+    assert {name: len(losses) for name, losses in agreement["losses"].items()} == {
+        "ours": 3,
+        "stock": 3,
+        "stock_moved": 3,
+    }
+    data = report["data"]
+    assert (data["batches"], data["passes"]) == (2, 2)
+    assert 0 < data["audio_seconds"] <= data["padded_seconds"]
+    assert data["audio_seconds"] < data["audio_seconds_in_epoch"]
+    assert data["batches_in_epoch"] >= 4
+    assert report["machine"]["device"] == "cpu" and report["machine"]["gpu"] is None
+    assert report["settings"]["recipe"] == "CTC"
+
+    ours, stock, other = report["variants"]
+    assert ours["rnn_class"] == "sb_fast_sligru.SLiGRU" and ours["backend"] == "cpu"
+    assert stock["rnn_class"] == other["rnn_class"] == "speechbrain.nnet.RNN.SLiGRU"
+    assert ours["seed"] == stock["seed"] != other["seed"]
+    documentation = " ".join(epoch_report.__doc__.split())
+    for variant in report["variants"]:
+        assert all(re.search(rf"[:,] {name}[ ,]", documentation) for name in variant)
+        assert variant["precision"] == "fp32"
+        assert len(variant["losses"]) == len(variant["step_seconds"]) == 4
+        assert len(variant["warm_up_seconds"]) == epoch_runs.WARM_UP_STEPS
+        assert variant["interval"][0] <= variant["epoch_seconds"] <= variant["interval"][1]
+        assert variant["loader_utilisation"] > 0
+    for variant in (ours, stock):
+        phases = variant["breakdown_ms"]
+        assert list(phases) == [name for name in PHASES if not name.startswith("decoder")]
+        assert min(phases.values()) > 0
+        peak = variant["peak_memory_bytes"]
+        assert peak is None or peak > 2**16
+    ratio = stock["epoch_seconds"] / ours["epoch_seconds"]
+    assert report["ratios"] == {"SLi-GRU fp32": ratio}
+    assert ours["losses"] != stock["losses"] != other["losses"]  # dropout is on
+
+    markdown = (tmp_path / "report/report.md").read_text()
+    sentence = texts.headline(report)
+    assert f"({ratio:.1f}x)" in sentence
+    assert len(re.findall(r"^\| SLi-GRU", markdown, re.M)) == 2
+    assert sentence in markdown and sentence in capsys.readouterr().out
+    picture = (tmp_path / "report/report.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+    page = (tmp_path / "report/report.html").read_text()
+    assert "data:image/png;base64," in page and page.count("<table") == 2
+    assert not re.search(r'(src|href)="(?!data:)', page)  # it needs no other file
+
+
+def test_simulated_seq2seq_in_two_precisions(simulated, tmp_path):
+    simulated += ["--batches=2", "--cells", "GRU", "--precision", "fp32", "bf16"]
+    compare_epoch_time.main(simulated)
+    report = read_report(tmp_path)
+    assert report["settings"]["recipe"] == "Seq2Seq"
+    assert report["data"]["source"] == "dev-clean, simulated"
+    assert "FLAC files" in report["data"]["io"] and "page cache" in report["data"]["io"]
+    full, half = report["variants"]
+    assert (full["precision"], half["precision"]) == ("fp32", "bf16")
+    assert full["batches_sha256"] == half["batches_sha256"]
+    assert full["losses"] != half["losses"]
+    assert full["losses"] == pytest.approx(half["losses"], rel=0.02)
+    assert list(full["breakdown_ms"]) == list(PHASES)  # with the decoder's
+    assert report["ratios"] == {} and report["checks"]["agreement"] == {}  # of no ours
+
+
+def test_ctrl_c_leaves_a_report_that_resume_completes(simulated, tmp_path, monkeypatch, capsys):
+    simulated += ["--batches=2", "--no-io"]
+    timed, time_variants = [], epoch_runs.time_variants
+
+    def stop_at_the_second(recipe, options, variants, *rest):
+        timed.append(variants[0].cell)
+        if timed == ["GRU", "LSTM"]:
+            raise KeyboardInterrupt
+        return time_variants(recipe, options, variants, *rest)
+
+    monkeypatch.setattr(epoch_runs, "time_variants", stop_at_the_second)
+    monkeypatch.setattr(machine, "commit_of", lambda folder: "the same")
+    assert run_main(simulated, "--cells", "GRU", "LSTM") == 130
+    report = read_report(tmp_path)
+    assert report["interrupted"] and [v["cell"] for v in report["variants"]] == ["GRU"]
+    assert "--resume goes on" in capsys.readouterr().out
+    assert "--resume goes on" in (tmp_path / "report/report.md").read_text()
+
+    code = run_main(simulated, "--cells", "GRU", "LSTM", "--resume", "--passes=2")
+    assert "has other settings" in code
+    compare_epoch_time.main([*simulated, "--cells", "GRU", "LSTM", "--resume"])
+    assert timed == ["GRU", "LSTM", "LSTM"]
+    resumed = read_report(tmp_path)
+    assert not resumed["interrupted"]
+    assert [v["cell"] for v in resumed["variants"]] == ["GRU", "LSTM"]
+    assert resumed["variants"][0] == report["variants"][0]
+
+
+def test_a_process_of_its_own_trains_the_same(simulated, tmp_path, monkeypatch):
+    simulated += ["--batches=2", "--no-io", "--cells", "SLi-GRU"]
+    compare_epoch_time.main([*simulated, "--stock-jit"])
+    in_turn = read_report(tmp_path)
+    seconds = {v["implementation"]: v["epoch_seconds"] for v in in_turn["variants"]}
+    fastest = min(seconds["stock"], seconds["stock, jit"])
+    assert in_turn["ratios"] == {"SLi-GRU fp32": fastest / seconds["ours"]}
+    assert in_turn["variants"].pop()["breakdown_ms"]["RNN"] > 0  # a scripted module's, too
+
+    def in_this_process(function, *arguments):
+        return function(*arguments) if function is epoch_runs.time_alone else None
+
+    monkeypatch.setattr(epoch_runs, "in_own_process", in_this_process)
+    compare_epoch_time.main([*simulated, "--isolate"])
+    alone = read_report(tmp_path)
+    assert len(alone["variants"]) == 3
+    for one, other in zip(in_turn["variants"], alone["variants"], strict=True):
+        assert one["losses"] == other["losses"]
+        assert one["batches_sha256"] == other["batches_sha256"]
+
+
+def test_sample_and_full_epoch_agree_within_the_interval(arguments, tmp_path, monkeypatch):
+    """On the embedded corpus, by a clock on which each batch costs what it would on a GPU."""
+    now = 0.0
+
+    def fit_batch(brain, batch):
+        nonlocal now
+        noise = random.Random(batch.id[0]).uniform(0.9, 1.1)
+        now += noise * (0.05 + 0.01 * batch.sig.data.numel() / 16000)
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(epoch_runs, "_now", lambda: now)
+    monkeypatch.setattr(epoch_runs, "break_down", lambda run, *rest: None)
+    monkeypatch.setattr(epoch_report, "write", lambda report, folder: reports.append(report))
+    monkeypatch.setattr(CTC, "fit_batch", fit_batch)
+    reports = []
+    for extent in ("--batches=4", "--full"):
+        options, rest = compare_epoch_time.parse([*arguments, "--cells", "GRU", extent])
+        compare.compare(rest, options)
+    sample, full = (report["variants"][0] for report in (reports[0], reports[-1]))
+    low, high = sample["interval"]
+    assert low <= full["epoch_seconds"] <= high
+    assert high - low < 0.5 * full["epoch_seconds"]
+    assert len(full["step_seconds"]) > len(sample["step_seconds"]) == 4
+
+
+def test_refuses_a_ratio_when_losses_disagree(arguments, tmp_path, monkeypatch, capsys):
+    wrong = {"ours": f"{__name__}.WrongSLiGRU", "stock": "speechbrain.nnet.RNN.SLiGRU"}
+    monkeypatch.setattr(compare, "CELLS", {"SLi-GRU": wrong})
+    assert run_main(arguments, "--batches=2", "--cells", "SLi-GRU") == 1
+    printed = capsys.readouterr().out
+    assert "No ratio: SLi-GRU: without dropout our first 3 losses differ" in printed
+    report = read_report(tmp_path)
+    assert report["ratios"] == {} and report["variants"] == []
+    assert report["refused"] in printed
+    assert not (tmp_path / "report/report.png").exists()
+
+
+def test_refuses_a_ratio_when_batches_differ(arguments, tmp_path, monkeypatch, capsys):
+    make_dataloader, calls = epoch_runs.make_dataloader, []
+
+    def reverse_stock(data, batch_sampler, **options):
+        calls.append(batch_sampler)
+        batches = batch_sampler[::-1] if len(calls) == 3 else batch_sampler
+        return make_dataloader(data, batch_sampler=batches, **options)
+
+    # The first loader is the one that is timed alone, then come ours and stock.
+    monkeypatch.setattr(epoch_runs, "make_dataloader", reverse_stock)
+    assert run_main(arguments, "--full", "--cells", "SLi-GRU") == 1
+    printed = capsys.readouterr().out
+    assert "SLi-GRU fp32 stock did not see the batches of SLi-GRU fp32 ours" in printed
+    assert read_report(tmp_path)["ratios"] == {}
+
+
+def test_same_ids_with_other_samples_are_other_batches():
+    first = a_run([(("a", "b"), 1.5), (("c",), 2.0)])
+    same = a_run(first.batches, implementation="stock")
+    check_same_batches([first, same])
+    other = a_run([(("a", "b"), 1.5), (("c",), 2.1)], "Li-GRU")
+    with pytest.raises(Refused, match=r"Li-GRU fp32 ours .* \(from step 2 on\)"):
+        check_same_batches([first, same, other])
+    shorter = a_run(first.batches[:1], "Li-GRU")
+    with pytest.raises(Refused, match=r"\(from step 2 on\)"):
+        check_same_batches([first, shorter])
+
+
+@pytest.mark.parametrize("ours", [[2.0, 1.003], [2.0, 0.997], [2.0, float("nan")]])
+def test_disagreement_is_refused_on_both_sides(ours):
+    stock, moved = [2.0, 1.0], [2.0, 1.5]
+    entry = check_agreement("SLi-GRU", [2.001, 1.0], stock, moved)
+    assert entry["bound"] == 1e-3 and entry["stock_moved_difference"] == 0.5
+    with pytest.raises(Refused, match="differ from stock's by up to"):
+        check_agreement("SLi-GRU", ours, stock, moved)
+    with pytest.raises(Refused, match="by up to inf relative"):  # CTC could align nothing
+        check_agreement("SLi-GRU", [0.0, 0.0], [0.0, 0.0], [0.0, 0.0])
+
+
+def test_losses_beyond_the_seeds_spread_are_refused():
+    stock, other = [3.0, 2.0, 1.0], [3.1, 1.9, 1.1]
+    entry = check_seed_spread("Li-GRU", [2.9, 2.1, 1.0], stock, other)
+    assert entry["stock_and_other_seed"] == pytest.approx(0.1)
+    assert entry["bound"] == pytest.approx(0.1 * (1 + 10 / 3**0.5))
+    for ours in ([4.0, 3.0, 2.0], [float("nan")] * 3):
+        with pytest.raises(Refused, match="Li-GRU: our losses differ from stock's"):
+            check_seed_spread("Li-GRU", ours, stock, other)
+
+
+def test_epoch_seconds():
+    # All batches: the mean of the passes.
+    estimate, interval = compare.epoch_seconds([1, 2, 3, 4], 2, [5, 5], [5, 5])
+    assert (estimate, interval) == (5, (3, 7))
+    # A sample whose time is proportional to its length leaves no doubt.
+    padded = [float(i) for i in range(1, 41)]
+    chosen = padded[::4]
+    estimate, interval = compare.epoch_seconds([0.1 * p for p in chosen], 1, chosen, padded)
+    assert estimate == pytest.approx(82) and interval == pytest.approx((82, 82))
+    # Otherwise the interval covers the truth about 95 times of 100.
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(400):
+        seconds = [0.1 * p + torch.rand((), generator=generator).item() for p in padded]
+        chosen = torch.randperm(40, generator=generator)[:20].tolist()
+        _, (low, high) = compare.epoch_seconds(
+            [seconds[i] for i in chosen], 1, [padded[i] for i in chosen], padded
+        )
+        covered += low <= sum(seconds) <= high
+    assert 350 <= covered <= 395
+
+
+def test_sample_takes_short_middle_and_long_batches(arguments):
+    with load_recipe(arguments, Options()) as recipe:
+        lengths = sorted(map(recipe.padded_seconds, recipe.plan))
+        half = spread(recipe, recipe.plan, len(recipe.plan) // 2)
+        positions = [recipe.plan.index(batch) for batch in half]
+        assert positions == sorted(set(positions))  # in the plan's order, none twice
+        taken = sorted(map(recipe.padded_seconds, half))
+        assert taken[0] <= lengths[1] and taken[-1] >= lengths[-3]
+        assert spread(recipe, recipe.plan, len(recipe.plan)) == recipe.plan
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("--batches=1", "batches must be 2 to"),
+        ("--batches=1000", "batches must be 2 to"),
+        ("--passes=0", "passes must be at least 1"),
+        ("--data_folder=nowhere", "nowhere does not exist"),
+        ("--overrides=nowhere.yaml", "nowhere.yaml"),
+        ("--precision=tf32", "precision tf32 needs a CUDA device, got cpu"),
+        ("--simulate=dev-clean", "found duplicate key"),
+        ("--resume", "is no report to go on with"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(arguments, bad, message):
+    key = bad.split("=")[0]
+    extent = [] if key == "--batches" else ["--full"]
+    rest = [argument for argument in arguments if not argument.startswith(key)]
+    code = run_main(rest, bad, *extent)
+    assert code.startswith("compare_epoch_time: ") and message in code and "\n" not in code
+
+
+# ---- simulated data
+
+
+@pytest.mark.parametrize("name", simulation.NAMES)
+def test_simulated_splits_have_librispeechs_size(name):
+    utterances, hours = {
+        "train-960": (281241, 960.9),
+        "train-clean-100": (28539, 100.6),
+        "train-clean-360": (104014, 363.6),
+        "train-other-500": (148688, 496.7),
+        "dev-clean": (2703, 5.4),
+        "dev-other": (2864, 5.1),
+        "test-clean": (2620, 5.4),
+        "test-other": (2939, 5.3),
+    }[name]
+    durations = simulation.draw_durations(name, 0)
+    assert len(durations) == utterances
+    assert sum(durations.values()) / 3600 == pytest.approx(hours, rel=0.035)
+    if name.startswith("train"):
+        assert sum(durations.values()) / 3600 == pytest.approx(hours, rel=0.002)
+
+
+@pytest.mark.parametrize("io", [True, False])
+def test_simulated_utterances_depend_on_the_seed_alone(tmp_path, io):
+    hparams = {"seed": 1, "vocab_size": 20, "blank_index": 0, "bos_index": 1, "eos_index": 2}
+    targets = ("tokens", "tokens_bos", "tokens_eos")
+
+    def make(name, **changed):
+        folder = tmp_path / name
+        folder.mkdir()
+        data = {**hparams, **changed}
+        return simulation.make_dataset("dev-clean", data, targets, folder if io else None)
+
+    (first, text), (again, _), (other, _) = make("a"), make("b"), make("c", seed=2)
+    assert ("FLAC" in text) == io
+    assert len(first) == 2703
+    for index in (0, 1, 2702):
+        item, same, different = first[index], again[index], other[index]
+        seconds = first.data[item["id"]]["duration"]
+        assert item["sig"].dtype == torch.float32
+        assert item["sig"].shape == (round(seconds * 16000),)
+        assert 0.01 < item["sig"].std() < 0.5
+        assert len(item["tokens"]) == round(4.4 * seconds)
+        assert 3 <= item["tokens"].min() and item["tokens"].max() < 20
+        assert item["tokens_bos"].tolist() == [1, *item["tokens"].tolist()]
+        assert item["tokens_eos"].tolist() == [*item["tokens"].tolist(), 2]
+        assert len(item["wrd"]) == round(15.1 * seconds)
+        assert all(
+            torch.equal(item[key], same[key])
+            if torch.is_tensor(item[key])
+            else item[key] == same[key]
+            for key in item
+        )
+        assert item["sig"].shape != different["sig"].shape
+    assert first[0]["sig"][:8].tolist() != first[1]["sig"][:8].tolist()
+
+
+# ---- the README's sentence
+
+
+def a_report(**changed):
+    variants = [
+        {"cell": "SLi-GRU", "precision": "bf16", "implementation": name, "epoch_seconds": seconds}
+        for name, seconds in (("ours", 9180.0), ("stock", 26340.0))
+    ]
+    return {
+        "machine": {"gpu": "NVIDIA H200"},
+        "settings": {"recipe": "Seq2Seq", "batch": "24 utterances", "augmentations": []},
+        "data": {
+            "source": "train-960, simulated",
+            "audio_seconds_in_epoch": 960.9 * 3600,
+            "batches": 8,
+            "batches_in_epoch": 11719,
+        },
+        "variants": variants,
+        "ratios": {"SLi-GRU bf16": 26340 / 9180},
+        "refused": None,
+    } | changed
+
+
+def test_headline():
+    assert texts.headline(a_report()) == (
+        "SpeechBrain's -> ours for one epoch of train-960, simulated (960.9 h) on one NVIDIA H200: "
+        "SLi-GRU bf16 7h19 -> 2h33 (2.9x); Seq2Seq recipe, batches of 24 utterances, no "
+        "augmentation, from 8 of 11719 batches."
+    )
+    for bad in ({"refused": "other batches"}, {"ratios": {}}):
+        with pytest.raises(ValueError, match="the report has no ratio"):
+            texts.headline(a_report(**bad))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(9.996, "10 s"), (0.1234, "0.123 s"), (125, "2 min 05 s"), (7199.9, "2h00"), (26340, "7h19")],
+)
+def test_durations_for_people(seconds, shown):
+    assert texts.duration(seconds) == shown
+
+
+def test_readme_is_renewed_between_its_marks(tmp_path):
+    (tmp_path / "results").mkdir()
+    path, readme = tmp_path / "results/a.json", tmp_path / "README.md"
+    path.write_text(json.dumps(a_report()))
+    readme.write_text(f"before\n{epoch_readme.BEGIN}\nold\n{epoch_readme.END}\nafter\n")
+    epoch_readme.renew_readme([path], readme)
+    before, begin, sentence, end, after = readme.read_text().splitlines()
+    assert (before, begin, end, after) == ("before", epoch_readme.BEGIN, epoch_readme.END, "after")
+    assert sentence == f"- {texts.headline(a_report())} (`results/a.json`)"
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="expected one"):
+        epoch_readme.renew_readme([path], readme)
+
+
+def test_the_readme_shows_the_committed_reports():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(f"{epoch_readme.BEGIN}.*{epoch_readme.END}", readme, re.DOTALL)[0]
+    paths = [ROOT / name for name in re.findall(r"\(`(\S+\.json)`\)$", shown, re.M)]
+    assert shown == epoch_readme.readme_block(paths, ROOT)

@@ -1,0 +1,551 @@
+"""Runs of the recipes as they happen: over several processes, killed, on bad input, on full disks.
+
+Where it does not matter what is learnt, the corpus is noise: no synthesiser, short, and as many
+utterances of whatever lengths a test needs.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from helpers import ROOT, relative_error
+from recorded_run import record_run
+from speechbrain.augment.time_domain import Resample
+from tiny_corpora import SPLITS, make_noise
+
+import sb_fast_sligru
+import train_ctc
+from sligru_recipes.corpora.librispeech import prepare_librispeech
+from sligru_recipes.training.experiment import run_script
+
+pytestmark = pytest.mark.usefixtures("environment_described_once", "one_thread")
+
+YAML = ROOT / "hparams/librispeech_ctc.yaml"
+MINI = ROOT / "hparams/librispeech_ctc_mini.yaml"
+RECORDED_RUN = Path(__file__).with_name("recorded_run.py")
+# torchrun, of this interpreter
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+# Nothing random, and as small as the model can be.
+TINY = (
+    YAML,
+    f"--overrides={MINI}",
+    "--device=cpu",
+    "--noprogressbar",
+    "--token_type=char",
+    "--vocab_size=6",  # as many as the noise's transcripts have: the YAML is not loaded twice
+    "--dropout=0.0",
+    "--cnn_channels=[2]",
+    "--rnn_layers=1",
+    "--rnn_neurons=8",
+    "--dnn_neurons=16",
+    "--export_inference=False",
+)
+# Every layer treats each utterance alone. CRDNN's linear layers have a BatchNorm, so there are
+# none; its convolutions have LayerNorms anyway.
+ALONE = ("--rnn_class=!name:recorded_run.LayerNormSLiGRU", "--dnn_blocks=0")
+
+
+@pytest.fixture(scope="module")
+def even_noise(tmp_path_factory):
+    """Eight train utterances of one length: no batch has padding."""
+    return make_noise(tmp_path_factory.mktemp("even"), [0.8] * 8)
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """Twelve train utterances of as many lengths; the first is the shortest."""
+    return make_noise(tmp_path_factory.mktemp("noise"), np.linspace(0.6, 2.0, 12).tolist())
+
+
+def lines(record, rank=0):
+    """What a process of a recorded run trained on, a dict for each batch."""
+    return list(map(json.loads, Path(f"{record}.{rank}.jsonl").read_text().splitlines()))
+
+
+def weights(record, rank=0):
+    return torch.load(f"{record}.{rank}.pt")
+
+
+def log_lines(output_folder):
+    """train_log.txt without the seconds."""
+    text = (output_folder / "train_log.txt").read_text()
+    return re.sub(r"seconds: \d+", "", text).splitlines()
+
+
+def start(folder, *runs, launcher=(sys.executable,), **environment):
+    """Start recorded runs in a process of their own."""
+    folder.mkdir(exist_ok=True)
+    (folder / "runs.json").write_text(json.dumps(runs, default=str))
+    return subprocess.Popen(
+        [*launcher, RECORDED_RUN, folder / "runs.json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+# Several processes
+
+
+@pytest.fixture(scope="module")
+def two_processes(even_noise, tmp_path_factory):
+    """A LayerNorm model and the recipe's own, each trained by two processes; what they printed."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [
+        {
+            "record": folder / name,
+            "script": "train_ctc",
+            "argv": [
+                *distributed_arguments(even_noise, folder / f"{name}_output", batch_size=2),
+                "--distributed_backend=gloo",
+                *arguments,
+            ],
+        }
+        for name, arguments in (("alone", ALONE), ("batch", ()))
+    ]
+    process = start(folder, *runs, launcher=TORCHRUN)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    return folder, output
+
+
+def distributed_arguments(corpus, output_folder, batch_size):
+    """Fixed batches, and SGD: Adam's first updates make whole steps of gradients near zero."""
+    return [
+        *TINY,
+        f"--data_folder={corpus}",
+        f"--output_folder={output_folder}",
+        "--dynamic_batching=False",
+        f"--batch_size={batch_size}",
+        "--number_of_epochs=3",
+        "--opt_class=!name:torch.optim.SGD",
+        "--lr=0.1",
+    ]
+
+
+def test_two_processes_follow_one(two_processes, even_noise, tmp_path):
+    """Two processes of two utterances each make the updates of one process of four.
+
+    Each rank's CTC loss is a mean over its utterances, and DDP averages the ranks' gradients: with
+    as many utterances on each that is the mean over all. Utterances of one length need no padding,
+    which convolutions and the backward RNN would see. What is left is the order of float32 sums,
+    relative differences of some 1e-7 an update: 1e-5 after six is far from them, and farther from a
+    mistake.
+    """
+    folder, _ = two_processes
+    argv = distributed_arguments(even_noise, tmp_path / "output", batch_size=4)
+    record_run(tmp_path / "one", "train_ctc", [*argv, *ALONE])
+    one = lines(tmp_path / "one")
+    ranks = [lines(folder / "alone", rank) for rank in (0, 1)]
+    assert len(one) == 6
+    for whole, *halves in zip(one, *ranks, strict=True):
+        assert sorted(halves[0]["ids"] + halves[1]["ids"]) == whole["ids"]
+        mean = (halves[0]["loss"] + halves[1]["loss"]) / 2
+        assert mean == pytest.approx(whole["loss"], rel=1e-5)
+    expected = weights(tmp_path / "one")
+    for rank in (0, 1):
+        for name, weight in weights(folder / "alone", rank).items():
+            assert relative_error(weight, expected[name]) < 1e-5, name
+    # Nothing of that holds for a model that did not learn.
+    assert one[-1]["loss"] < one[1]["loss"]
+
+
+def test_batch_norm_model_trains_on_two_cpus(two_processes):
+    folder, printed = two_processes
+    assert len(lines(folder / "batch")) == 6
+    first, second = (weights(folder / "batch", rank) for rank in (0, 1))
+    assert any("running_mean" in name for name in first)
+    for name, weight in first.items():
+        assert weight.isfinite().all(), name
+        assert torch.equal(weight, second[name]), name
+    # What each trained on differed, so the weights are equal because gradients were averaged.
+    assert lines(folder / "batch", 0)[0]["ids"] != lines(folder / "batch", 1)[0]["ids"]
+    # Said once, not by both processes, and not where there is no BatchNorm.
+    assert printed.count("BatchNorm is not synchronised") == 1
+    assert "not synchronised" in (folder / "batch_output/log.txt").read_text()
+
+
+def test_accumulated_gradients_are_those_of_one_batch(even_noise, tmp_path):
+    """Two batches of two utterances make one update of four, up to the order of float32 sums.
+
+    Features are normalised by utterance: the recipe's statistics are of what was seen so far, which
+    for the first batch of two is not what it is for a batch of four.
+    """
+    for name, batch_size, factor in (("whole", 4, 1), ("parts", 2, 2)):
+        argv = distributed_arguments(even_noise, tmp_path / f"{name}_output", batch_size)
+        argv += [*ALONE, "--norm_type=sentence", f"--grad_accumulation_factor={factor}"]
+        record_run(tmp_path / name, "train_ctc", argv)
+    whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
+    means = [(a["loss"] + b["loss"]) / 2 for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    assert means == pytest.approx([line["loss"] for line in whole], rel=1e-5)
+    expected = weights(tmp_path / "whole")
+    for name, weight in weights(tmp_path / "parts").items():
+        assert relative_error(weight, expected[name]) < 1e-5, name
+
+
+# Killed
+
+
+@pytest.fixture(scope="module")
+def nan_manifests(noise, tmp_path_factory):
+    """Arguments that train on `noise` with its first utterance, the shortest, full of NaN."""
+    folder = tmp_path_factory.mktemp("manifests")
+    prepare_librispeech(noise, folder, SPLITS[:1], SPLITS[1:2], SPLITS[2:], num_workers=0)
+    soundfile.write(folder / "nan.wav", np.full(9600, np.nan), 16000, subtype="FLOAT")
+    manifest = (folder / "train.csv").read_text()
+    first = re.search(r"[^,]*1-10-0000\.flac", manifest)[0]
+    (folder / "train.csv").write_text(manifest.replace(first, str(folder / "nan.wav")))
+    return (
+        "--skip_prep=True",
+        f"--train_csv={folder}/train.csv",
+        f"--valid_csv={folder}/dev-clean.csv",
+        f"--test_csv=[{folder}/test-clean.csv]",
+    )
+
+
+def killed_arguments(noise, nan_manifests):
+    """Arguments of the runs that are killed, by their names."""
+    common = (*TINY, f"--data_folder={noise}", "--number_of_epochs=3", "--ckpt_interval_minutes=0")
+    return {
+        # Sorted batches of two, each second makes an update; NaN in the first of each epoch.
+        "fixed": (
+            *common,
+            "--ckpt_interval_steps=3",
+            "--grad_accumulation_factor=2",
+            *ALONE,
+            *nan_manifests,
+            "--dynamic_batching=False",
+            "--batch_size=2",
+            "--norm_type=sentence",
+        ),
+        "dynamic": (*common, "--ckpt_interval_steps=2", "--max_batch_length=4", "--num_buckets=3"),
+    }
+
+
+@pytest.fixture(scope="module")
+def killed(noise, nan_manifests, tmp_path_factory):
+    """Runs that were killed by SIGKILL in their second epoch, and then run again.
+
+    The first after the 5th of 6 batches of its epoch; its last checkpoint was due after the 3rd,
+    but came with the update after the 4th. The second while it wrote a checkpoint.
+    """
+    folder = tmp_path_factory.mktemp("killed")
+    kills = {"fixed": {"kill_after_batch": 11}, "dynamic": {"kill_in_checkpoint": 8}}
+    runs = {
+        name: {
+            "record": folder / name,
+            "script": "train_ctc",
+            "argv": [*argv, f"--output_folder={folder}/{name}_output"],
+        }
+        for name, argv in killed_arguments(noise, nan_manifests).items()
+    }
+    processes = [start(folder / f"{name}_run", run | kills[name]) for name, run in runs.items()]
+    for process in processes:
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == -signal.SIGKILL, output
+    before = {name: lines(folder / name) for name in runs}
+    for run in runs.values():
+        record_run(**run)
+    return folder, before
+
+
+@pytest.mark.parametrize("name", ["fixed", "dynamic"])
+def test_killed_run_ends_as_if_it_had_not_been(killed, noise, nan_manifests, tmp_path, name):
+    """Batches, losses, weights and log are those of an undisturbed run, to the last bit."""
+    folder, before = killed
+    argv = [*killed_arguments(noise, nan_manifests)[name], f"--output_folder={tmp_path}/output"]
+    record_run(tmp_path / "undisturbed", "train_ctc", argv)
+    undisturbed = lines(tmp_path / "undisturbed")
+    before, everything = before[name], lines(folder / name)
+    after = everything[len(before) :]
+    # It stopped in the second epoch, resumed there, and not at its first batch.
+    assert before[-1]["epoch"] == after[0]["epoch"] == 2
+    assert after[0]["ids"] != next(b["ids"] for b in undisturbed if b["epoch"] == 2)
+    # What came after the last checkpoint is trained on again, and nothing else.
+    kept = before[: len(undisturbed) - len(after)]
+    assert len(before) - len(kept) <= 2
+    assert str(kept + after) == str(undisturbed)  # NaN is not equal to NaN
+    for epoch in (1, 2, 3):
+        trained = [ids for b in kept + after if b["epoch"] == epoch for ids in b["ids"]]
+        assert len(trained) == len(set(trained)) == 12
+    expected = weights(tmp_path / "undisturbed")
+    for key, weight in weights(folder / name).items():
+        assert torch.equal(weight, expected[key]), key
+    assert log_lines(folder / f"{name}_output") == log_lines(tmp_path / "output")
+
+
+def test_unfinished_checkpoint_is_cleared_away(killed):
+    """It was not taken for one: the test above would have failed."""
+    folder, _ = killed
+    names = [path.name for path in (folder / "dynamic_output/save").iterdir() if path.is_dir()]
+    assert names and all(name.startswith("CKPT+") for name in names)
+
+
+def test_updates_with_nan_are_skipped_and_counted(killed):
+    """Also the one whose epoch was stopped after it."""
+    folder, _ = killed
+    first_batches = lines(folder / "fixed")[::6][:2]
+    assert all(np.isnan(batch["loss"]) for batch in first_batches)
+    epochs = [line for line in log_lines(folder / "fixed_output") if line.startswith("epoch")]
+    assert [re.search(r"skipped updates: (\d+)", line)[1] for line in epochs] == ["1", "1", "1"]
+    for name, weight in weights(folder / "fixed").items():
+        assert weight.isfinite().all(), name
+
+
+# What can be wrong
+
+
+def complaint(argv):
+    """Run the recipe as its script does; return what it prints on stderr as it exits with 1."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["train_ctc.py", *map(str, argv)])
+        run_script(train_ctc.main)
+    message = stop.value.code
+    assert isinstance(message, str), message  # printed by Python, with exit status 1
+    assert "\n" not in message
+    return message
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:2000])
+    return path
+
+
+@pytest.fixture
+def own_noise(tmp_path):
+    """A corpus that a test may damage."""
+    return make_noise(tmp_path / "noise", [0.8] * 2)
+
+
+def bad_input_arguments(corpus, tmp_path):
+    return [*TINY, f"--data_folder={corpus}", f"--output_folder={tmp_path}/output"]
+
+
+def test_truncated_flac_is_named(own_noise, tmp_path):
+    path = truncate(own_noise / "train-clean-100/1/10/1-10-0001.flac")
+    message = complaint(bad_input_arguments(own_noise, tmp_path))
+    assert f"{path}: truncated" in message
+
+
+def test_flac_truncated_after_the_preparation_is_named(own_noise, tmp_path):
+    argv = [*bad_input_arguments(own_noise, tmp_path), "--number_of_epochs=1"]
+    prepare_librispeech(
+        own_noise, tmp_path / "output/save", *([split] for split in SPLITS), num_workers=0
+    )
+    path = truncate(own_noise / "train-clean-100/1/10/1-10-0001.flac")
+    assert str(path) in complaint(argv)
+    assert str(path) in complaint([*argv, "--num_workers=1"])
+
+
+def test_foreign_characters_are_named(own_noise, tmp_path):
+    path = own_noise / "train-clean-100/1/10/1-10.trans.txt"
+    path.write_text(path.read_text() + "1-10-0001 Ü 8\n".replace("0001", "0002"))
+    shutil.copy(path.with_name("1-10-0001.flac"), path.with_name("1-10-0002.flac"))
+    message = complaint(bad_input_arguments(own_noise, tmp_path))
+    assert "1-10-0002.flac" in message and "'8', 'Ü'" in message
+
+
+def test_characters_outside_the_vocabulary_are_named(own_noise, tmp_path):
+    path = own_noise / "dev-clean/2/10/2-10.trans.txt"
+    path.write_text(re.sub(r"(2-10-0001) .*", r"\1 QUIZ", path.read_text()))
+    message = complaint(bad_input_arguments(own_noise, tmp_path))
+    assert "dev-clean.csv: 2-10-0001 has the character 'I'" in message
+
+
+def test_empty_split_is_named(own_noise, tmp_path):
+    shutil.rmtree(own_noise / "dev-clean")
+    message = complaint(bad_input_arguments(own_noise, tmp_path))
+    assert "no folder 'dev-clean'" in message
+    (own_noise / "dev-clean").mkdir()
+    message = complaint(bad_input_arguments(own_noise, tmp_path))
+    assert f"dev-clean: no usable utterance in {own_noise}" in message
+
+
+def test_empty_manifest_is_named(own_noise, tmp_path):
+    (tmp_path / "empty.csv").write_text("ID,duration,wav,spk_id,wrd\n")
+    argv = [*bad_input_arguments(own_noise, tmp_path), f"--valid_csv={tmp_path}/empty.csv"]
+    assert f"{tmp_path}/empty.csv has no utterance" in complaint(argv)
+
+
+def test_key_given_twice_is_named(own_noise, tmp_path):
+    argv = [*bad_input_arguments(own_noise, tmp_path), "--rnn_neurons=9"]
+    assert 'duplicate key "rnn_neurons"' in complaint(argv)
+
+
+def test_output_folder_that_cannot_be_made_is_named(own_noise, tmp_path):
+    (tmp_path / "output").write_text("a file")
+    message = complaint(bad_input_arguments(own_noise, tmp_path))
+    assert f"{tmp_path}/output" in message
+
+
+def test_unknown_key_is_named_by_the_script(own_noise, tmp_path):
+    """By the script itself: one line on stderr, exit status 1, no traceback."""
+    argv = bad_input_arguments(own_noise, tmp_path)
+    command = [sys.executable, ROOT / "recipes/LibriSpeech/train_ctc.py", *argv, "--batchsize=8"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert re.fullmatch(
+        rf"train_ctc\.py: batchsize is neither a key of {YAML} nor a run option", run.stderr.strip()
+    )
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """The system refuses to write more than `size` bytes to a file, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_is_told_at_the_start(own_noise, tmp_path):
+    with largest_file(500_000):
+        message = complaint(bad_input_arguments(own_noise, tmp_path))
+    assert "cannot write to save_folder" in message and f"{tmp_path}/output/save" in message
+
+
+def test_disk_that_fills_up_costs_no_checkpoint(own_noise, tmp_path):
+    """The run says what it could not save, and resumes from the checkpoint before."""
+    argv = [*bad_input_arguments(own_noise, tmp_path), "--rnn_neurons=160", "--skip_prep=True"]
+    argv.remove("--rnn_neurons=8")
+    prepare_librispeech(
+        own_noise, tmp_path / "output/save", *([split] for split in SPLITS), num_workers=0
+    )
+    train_ctc.main([str(argument) for argument in (*argv, "--number_of_epochs=1")])
+    with largest_file(300_000):  # more than all other files have
+        message = complaint([*argv, "--number_of_epochs=2"])
+    assert f"no checkpoint could be saved in {tmp_path}/output/save" in message
+    train_ctc.main([str(argument) for argument in (*argv, "--number_of_epochs=2")])
+    epochs = [line for line in log_lines(tmp_path / "output") if line.startswith("epoch: ")]
+    assert [line.split(",")[0] for line in epochs] == ["epoch: 1", "epoch: 2", "epoch: 2"]
+
+
+# On a GPU
+
+
+def on_gpu(argv):
+    return [*(argument for argument in argv if argument != "--device=cpu"), "--device=cuda:0"]
+
+
+@pytest.mark.gpu
+def test_sync_batch_norm_of_two_processes_is_batch_norm_of_one(tmp_path):
+    """Two processes share the GPU; each has a part of the batch. In float64: no TF32."""
+    torch.multiprocessing.spawn(compare_with_whole_batch, (tmp_path / "store",), nprocs=2)
+
+
+def compare_with_whole_batch(rank, store):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    for first in (2, 1):  # utterances of the first process, of 4
+        torch.manual_seed(0)
+        x, upstream = torch.randn(4, 30, 20), torch.randn(4, 30, 128)
+        x, upstream = x.double().cuda(), upstream.double().cuda()
+        whole = sb_fast_sligru.SLiGRU(64, x.shape, bidirectional=True).double().cuda()
+        parts = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(whole))
+        assert isinstance(parts.rnn[0].norm, torch.nn.SyncBatchNorm)
+        mine = slice(0, first) if rank == 0 else slice(first, 4)
+        results = []
+        for net, batch in ((whole, slice(0, 4)), (parts, mine)):
+            inputs = x[batch].clone().requires_grad_()
+            outputs = net(inputs)[0]
+            outputs.backward(upstream[batch])
+            results.append((outputs, inputs.grad))
+        for all_rows, own_rows in zip(*results, strict=True):
+            assert relative_error(own_rows, all_rows[mine]) < 1e-10
+        for (name, expected), parameter in zip(
+            whole.named_parameters(), parts.parameters(), strict=True
+        ):
+            torch.distributed.all_reduce(parameter.grad)
+            assert relative_error(parameter.grad, expected.grad) < 1e-10, name
+        for name, buffer in whole.named_buffers():
+            assert relative_error(parts.get_buffer(name), buffer) < 1e-10, name
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_two_processes_on_a_gpu_follow_one(even_noise, tmp_path):
+    """The recipe with its BatchNorms, which SpeechBrain makes SyncBatchNorms.
+
+    Products are in float32; SpeechBrain would allow TF32.
+    """
+    for name, launcher, batch_size in (
+        ("one", (sys.executable,), 4),
+        ("two", TORCHRUN, 2),
+    ):
+        argv = distributed_arguments(even_noise, tmp_path / f"{name}_output", batch_size)
+        argv = [*on_gpu(argv), "--distributed_backend=gloo"]
+        run = {"record": tmp_path / name, "script": "train_ctc", "argv": argv}
+        process = start(tmp_path, run, launcher=launcher, SB_DISABLE_QUIRKS="allow_tf32")
+        output = process.communicate(timeout=200)[0]
+        assert process.returncode == 0, output
+    ranks = [lines(tmp_path / "two", rank) for rank in (0, 1)]
+    for whole, *halves in zip(lines(tmp_path / "one"), *ranks, strict=True):
+        mean = (halves[0]["loss"] + halves[1]["loss"]) / 2
+        assert mean == pytest.approx(whole["loss"], rel=1e-4)
+    expected = weights(tmp_path / "one")
+    for rank in (0, 1):
+        for name, weight in weights(tmp_path / "two", rank).items():
+            assert relative_error(weight, expected[name]) < 1e-3, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_precisions_on_a_gpu(even_noise, tmp_path, precision, monkeypatch):
+    """With all augmentations, the resampling of speed perturbation on the GPU."""
+    resampled_on = set()
+
+    def record(self, waveforms):
+        resampled_on.add(waveforms.device.type)
+        return original(self, waveforms)
+
+    original = Resample.forward
+    monkeypatch.setattr(Resample, "forward", record)
+    augmentations = [f"--enable_{name}=True" for name in ("speed_perturb", "drop_freq")]
+    argv = distributed_arguments(even_noise, tmp_path / "output", batch_size=2)
+    argv = [*on_gpu(argv), *augmentations, f"--precision={precision}"]
+    record_run(tmp_path / "run", "train_ctc", argv)
+    losses = [batch["loss"] for batch in lines(tmp_path / "run")]
+    assert len(losses) == 12 and np.isfinite(losses).all()
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    for name, weight in weights(tmp_path / "run").items():
+        assert weight.isfinite().all() and weight.device.type == "cuda", name
+    assert resampled_on == {"cuda"}
+
+
+@pytest.mark.gpu
+def test_killed_run_resumes_on_a_gpu(noise, nan_manifests, tmp_path):
+    """In fp16, with the scaler's state. GPU kernels add in any order, so losses are close only."""
+    argv = [*killed_arguments(noise, nan_manifests)["dynamic"], "--precision=fp16"]
+    run = {"record": tmp_path / "run", "script": "train_ctc", "argv": on_gpu(argv)}
+    run["argv"].append(f"--output_folder={tmp_path}/output")
+    process = start(tmp_path, run | {"kill_in_checkpoint": 8})
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == -signal.SIGKILL, output
+    before = lines(tmp_path / "run")
+    record_run(**run)
+    after = lines(tmp_path / "run")[len(before) :]
+    run["argv"][-1] = f"--output_folder={tmp_path}/undisturbed_output"
+    record_run(tmp_path / "undisturbed", "train_ctc", run["argv"])
+    undisturbed = lines(tmp_path / "undisturbed")
+    resumed = before[: len(undisturbed) - len(after)] + after
+    assert 0 < len(after) < len(undisturbed)
+    assert [batch["ids"] for batch in resumed] == [batch["ids"] for batch in undisturbed]
+    losses = [[batch["loss"] for batch in batches] for batches in (resumed, undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
