@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-from helpers import relative_error  # noqa: F401  (test_ops.py imports it from here)
 
 
 def pytest_collection_modifyitems(items):

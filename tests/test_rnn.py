@@ -7,11 +7,13 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import relative_error
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.models.CRDNN import CRDNN
 from speechbrain.nnet import RNN as stock
 
 import sb_fast_sligru
+from sb_fast_sligru import machine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,10 +60,8 @@ either_direction = pytest.mark.parametrize("bidirectional", [False, True], ids=[
 @pytest.fixture(autouse=True)
 def exact_fp32_products():
     """Importing SpeechBrain turns TF32 on, which would hide errors of float32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    with machine.tf32(False):
+        yield
 
 
 def arguments_of(cell, option):
@@ -124,12 +124,6 @@ def run(net, x, hx=None, seed=11):
         if "norm" in name:
             tensors[name] = buffer
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def relative_error(actual, expected):
-    actual, expected = actual.detach(), expected.detach()
-    difference = torch.linalg.vector_norm(actual.double() - expected.double())
-    return float(difference / torch.linalg.vector_norm(expected.double()).clamp_min(1e-30))
 
 
 def assert_same(actual, expected, tolerance=1e-11):

@@ -10,9 +10,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import relative_error
+from helpers import relative_error
 
-from sb_fast_sligru import _library, backend, info, ops, reference
+from sb_fast_sligru import _library, backend, info, machine, ops, reference
 from sb_fast_sligru.ops import _light_gru
 
 # Backend, its device and the dtype that a test of more than rounding uses on it.
@@ -53,12 +53,11 @@ NAMES = ("wx", "u", "h0", "ln_weight", "ln_bias")
 @pytest.fixture(autouse=True, scope="module")
 def exact_products_on_one_thread():
     """Without TF32; on tensors this small CPU threads only wait for each other."""
-    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
+    with machine.tf32(False):
+        yield
     torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def make_inputs(shape, option, bidirectional=False):
@@ -347,11 +346,8 @@ def test_tf32_switch_leaves_the_float32_recurrence_alone():
     upstream = upstream_for(arguments)
     exact = run("reference", arguments, upstream)
     off = run("persistent", arguments, upstream, "cuda", torch.float32)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
+    with machine.tf32(True):
         on = run("persistent", arguments, upstream, "cuda", torch.float32)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
     assert torch.equal(on["h"], off["h"]) and not torch.equal(on["u"], off["u"])
     assert_close(off, exact, 1e-5)
     assert_close(on, exact, 1e-2)

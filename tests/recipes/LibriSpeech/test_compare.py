@@ -14,7 +14,6 @@ from sb_fast_sligru import machine
 from sligru_recipes.corpora import simulated as simulation
 from sligru_recipes.corpora.embedded import make_corpus
 from sligru_recipes.epoch_time import comparison as compare
-from sligru_recipes.epoch_time import readme as epoch_readme
 from sligru_recipes.epoch_time import report as epoch_report
 from sligru_recipes.epoch_time import runs as epoch_runs
 from sligru_recipes.epoch_time import texts
@@ -465,24 +464,3 @@ def test_headline():
 )
 def test_durations_for_people(seconds, shown):
     assert texts.duration(seconds) == shown
-
-
-def test_readme_is_renewed_between_its_marks(tmp_path):
-    (tmp_path / "results").mkdir()
-    path, readme = tmp_path / "results/a.json", tmp_path / "README.md"
-    path.write_text(json.dumps(a_report()))
-    readme.write_text(f"before\n{epoch_readme.BEGIN}\nold\n{epoch_readme.END}\nafter\n")
-    epoch_readme.renew_readme([path], readme)
-    before, begin, sentence, end, after = readme.read_text().splitlines()
-    assert (before, begin, end, after) == ("before", epoch_readme.BEGIN, epoch_readme.END, "after")
-    assert sentence == f"- {texts.headline(a_report())} (`results/a.json`)"
-    readme.write_text("no marks")
-    with pytest.raises(ValueError, match="expected one"):
-        epoch_readme.renew_readme([path], readme)
-
-
-def test_the_readme_shows_the_committed_reports():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.search(f"{epoch_readme.BEGIN}.*{epoch_readme.END}", readme, re.DOTALL)[0]
-    paths = [ROOT / name for name in re.findall(r"\(`(\S+\.json)`\)$", shown, re.M)]
-    assert shown == epoch_readme.readme_block(paths, ROOT)

@@ -26,7 +26,7 @@ def imported():
 
 runpy.run_path(script, run_name="__main__")
 trained = imported()
-from sligru_recipes.epoch_time import comparison, readme
+from sligru_recipes.epoch_time import comparison
 Path(files).write_text(json.dumps({"training": trained, "all": imported(), "path": sys.path}))
 """
 

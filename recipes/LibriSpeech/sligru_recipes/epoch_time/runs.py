@@ -31,7 +31,7 @@ from .recipe import choose_batches, load_recipe, longest_batch, spread
 COMPILERS = {"stock, jit": torch.jit.script, "stock, compile": torch.compile}
 # At full learning rate (AdamW 0.002, Adadelta 1.0) 20 steps are chaotic: stock itself, its weights
 # moved by 1e-7 relative, then departs from stock by more than the bound. So the report tells of
-# stock's own departure too (benchmarks/README.md has that of the default model on a GPU).
+# stock's own departure too (benchmarks/NOTEBOOK.md has that of the default model on a GPU).
 AGREEMENT_LR = 0.01
 WEIGHT_MOVE = 1e-7  # relative: about what rounding does
 OTHER_SEED = "stock, other seed"  # an implementation
