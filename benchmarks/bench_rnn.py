@@ -445,7 +445,7 @@ class Bench:
                     self.add(row | {"status": "failed", "reason": first_line(error)}, self.accuracy)
                     check_gpu(device)
                     continue
-                errors = {key: relative_error(results[key], exact[key]) for key in exact}
+                errors = {key: reference.relative_error(results[key], exact[key]) for key in exact}
                 outcome = {"status": "measured", "errors": errors}
                 if not all(map(math.isfinite, errors.values())):
                     outcome = {"status": "failed", "reason": f"not finite: {errors}"}
@@ -533,10 +533,6 @@ def gradients(function, wx, u, upstream, casting=None):
         h = function(wx, u)
     dwx, du = torch.autograd.grad(h, [wx, u], upstream.to(h.dtype))
     return {"h": h.detach(), "dwx": dwx, "du": du}
-
-
-def relative_error(value, exact):
-    return ((value.double() - exact).norm() / exact.norm()).item()
 
 
 # ---- where and with what

@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import relative_error
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.models.CRDNN import CRDNN
 from speechbrain.nnet import RNN as stock
 
 import sb_fast_sligru
 from sb_fast_sligru import machine
+from sb_fast_sligru.reference import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,5 +1,6 @@
 """The operators as plain PyTorch: what compiled kernels are tested against, and the fallback."""
 
+from ._error import relative_error
 from ._light_gru import ACTIVATIONS, light_gru
 
-__all__ = ["ACTIVATIONS", "light_gru"]
+__all__ = ["ACTIVATIONS", "light_gru", "relative_error"]

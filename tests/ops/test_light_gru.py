@@ -10,10 +10,10 @@ import warnings
 
 import pytest
 import torch
-from helpers import relative_error
 
 from sb_fast_sligru import _library, backend, info, machine, ops, reference
 from sb_fast_sligru.ops import _light_gru
+from sb_fast_sligru.reference import relative_error
 
 # Backend, its device and the dtype that a test of more than rounding uses on it.
 CPU = pytest.param("cpu", "cpu", torch.float64, id="cpu")

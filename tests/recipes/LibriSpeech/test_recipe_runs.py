@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import ROOT, relative_error
+from helpers import ROOT
 from recorded_run import record_run
 from speechbrain.augment.time_domain import Resample
 from tiny_corpora import SPLITS, make_noise
 
 import sb_fast_sligru
 import train_ctc
+from sb_fast_sligru.reference import relative_error
 from sligru_recipes.corpora.librispeech import prepare_librispeech
 from sligru_recipes.training.experiment import run_script
 
