@@ -1,0 +1,156 @@
+// What the time loops of the backward kernels share, in the order of a step (the equations and the
+// list of steps are at the head of backward_narrow.cu). A lane computes one unit of a row (float)
+// or two neighbouring ones (float2).
+#pragma once
+
+#include "light_gru/persistent/geometry.cuh"
+
+namespace sb_fast_sligru {
+
+__device__ __forceinline__ float2 operator+(float2 x, float2 y) {
+  return make_float2(x.x + y.x, x.y + y.y);
+}
+__device__ __forceinline__ float2 operator*(float2 x, float2 y) {
+  return make_float2(x.x * y.x, x.y * y.y);
+}
+
+// ---- streams: the inputs of every step, from the chunk's last step to its first
+// One of them, of one row: where it is read next, and the bytes from a step to the one before.
+struct Stream {
+  const char* source = nullptr;
+  int64_t step = 0;
+};
+
+// Coefficient `stream` of a unit. kHidden: padded.
+template <class T, int kStreams, int kHidden>
+__device__ __forceinline__ Stream coefficient_stream(const PersistentBackward& p, const Row& row,
+                                                     int stream, int unit) {
+  const int64_t step = -static_cast<int64_t>(sizeof(T)) * kStreams * kHidden;
+  const int64_t row_last = int64_t{row.index + 1} * static_cast<int>(p.count) - 1;
+  return {static_cast<const char*>(p.coefficients) - row_last * step +
+              (stream * kHidden + unit) * sizeof(T),
+          step};
+}
+
+__device__ __forceinline__ Sequence grad_h_sequence(const PersistentBackward& p) {
+  return {p.grad_h, p.layer.output_type, p.grad_h_batch_stride, p.grad_h_time_stride};
+}
+
+// grad_h of a unit of the row's direction.
+__device__ __forceinline__ Stream grad_h_stream(const PersistentBackward& p, const Sequence& grad_h,
+                                                const Row& row, int unit) {
+  const int hidden_size = static_cast<int>(p.layer.hidden);
+  return {grad_h.at(p.layer, row, p.first + static_cast<int>(p.count) - 1,
+                    row.direction * hidden_size + unit),
+          -grad_h.step_bytes(row)};
+}
+
+__device__ __forceinline__ Stream rho_stream(const PersistentBackward& p, const Row& row) {
+  const int64_t last = p.first + static_cast<int>(p.count) - 1;
+  return {reinterpret_cast<const char*>(p.rho + row.index * p.layer.time +
+                                        p.layer.time_of(row.index, last)),
+          row.direction ? 4 : -4};
+}
+
+// A piece of a stream that a thread copies in every step, into a ring of kRingSteps places in
+// shared memory.
+template <bool kLayerNorm>
+struct PieceCopy {
+  Stream stream;
+  int bytes = 0;    // 16, 4 (of rho) or none
+  uint32_t target;  // in the ring's first place
+
+  // Step k, counted from the chunk's last. To be called for every k in turn.
+  __device__ __forceinline__ void fetch(int k, int count, uint32_t ring_bytes) {
+    const uint32_t to = target + k % kRingSteps * ring_bytes;
+    if (k < count) {
+      if (bytes == 16) copy_async_16(to, stream.source);
+      if (kLayerNorm && bytes == 4) copy_async_4(to, stream.source);
+    }
+    stream.source += stream.step;
+    copy_async_commit();
+  }
+};
+
+// What a lane reads of a step.
+template <class Value, bool kLayerNorm>
+struct StepInput {
+  Value coefficients[kCoefficientStreams<kLayerNorm>];
+  Value grad_h = {};
+  float rho = 1.f;
+
+  __device__ __forceinline__ Value k_a() const { return coefficients[0]; }
+  __device__ __forceinline__ Value k_z() const { return coefficients[1]; }
+  __device__ __forceinline__ Value complement() const { return coefficients[2]; }  // 1 - z
+  __device__ __forceinline__ Value q() const { return coefficients[kLayerNorm ? 3 : 0]; }
+  __device__ __forceinline__ Value v() const { return coefficients[kLayerNorm ? 4 : 0]; }
+};
+
+// ---- messages
+// Two buffers in turn: which of them step k uses, and the parity of that use.
+struct Turn {
+  uint32_t buffer, parity;
+
+  __device__ __forceinline__ explicit Turn(int k) : buffer(k & 1), parity(k >> 1 & 1) {}
+};
+
+// The messages of one kind that a block gets from all blocks in a step, `traffic` bytes, and the
+// mbarrier under which they arrive: one for each of the buffers, 8 bytes apart.
+struct Arrival {
+  uint32_t barrier, traffic;
+
+  __device__ __forceinline__ uint32_t barrier_of(uint32_t buffer) const {
+    return barrier + buffer * 8;
+  }
+  __device__ __forceinline__ void expect(uint32_t buffer) const {
+    mbarrier::expect(barrier_of(buffer), traffic);
+  }
+  // Waits, then re-arms.
+  __device__ __forceinline__ void receive(uint32_t buffer, uint32_t parity) const {
+    mbarrier::wait(barrier_of(buffer), parity);
+    if (threadIdx.x == 0) expect(buffer);
+  }
+};
+
+template <int kBlockThreads, class Memory>
+__device__ __forceinline__ void fill_with_zeros(Memory& memory) {
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(Memory)) / 4; i += kBlockThreads)
+    reinterpret_cast<uint32_t*>(&memory)[i] = 0;
+}
+
+// ---- m2 and carry
+// m2 of a row from the sums of all blocks over their units, which are block_bytes apart. Four
+// neighbouring lanes share the row; `address`: of block c, in lane c of them.
+template <int kCluster>
+__device__ __forceinline__ float add_m2(uint32_t address, uint32_t block_bytes,
+                                        float inverse_size) {
+  float m2 = 0.f;
+#pragma unroll
+  for (int i = 0; i < kCluster / 4; i++) m2 += load_float(address + i * 4 * block_bytes);
+  return add_lane_xor(add_lane_xor(m2, 1), 2) * inverse_size;
+}
+
+// The sum of the partial carries that all blocks sent; load(i): that of block i.
+template <int kCluster, class Load>
+__device__ __forceinline__ auto add_partial_carries(const Load& load) {
+  decltype(load(0)) sums[4] = {};
+#pragma unroll
+  for (int i = 0; i < kCluster; i++) sums[i % 4] = sums[i % 4] + load(i);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// d z, from 1 - z.
+__device__ __forceinline__ float keep(float complement, float d) { return fmaf(-complement, d, d); }
+__device__ __forceinline__ float2 keep(float2 complement, float2 d) {
+  return make_float2(keep(complement.x, d.x), keep(complement.y, d.y));
+}
+
+// sum + factor x
+__device__ __forceinline__ float add_scaled(float sum, float factor, float x) {
+  return fmaf(factor, x, sum);
+}
+__device__ __forceinline__ float2 add_scaled(float2 sum, float factor, float2 x) {
+  return make_float2(fmaf(factor, x.x, sum.x), fmaf(factor, x.y, sum.y));
+}
+
+}  // namespace sb_fast_sligru
