@@ -347,16 +347,7 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
 
   const Arrival carry_arrival = {shared_address(&barriers[0]), Carries::kTraffic};
   const Arrival m2_arrival = {shared_address(&barriers[2]), M2Sum<Shape>::kTraffic};
-  if (threadIdx.x < 4) mbarrier::init(shared_address(&barriers[threadIdx.x]));
-  mbarrier::fence_init();
-  fill_with_zeros<kThreads<kUnits>>(ring);  // stays so where grad_h has no such unit
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; i++) {
-      carry_arrival.expect(i);
-      if (kLayerNorm) m2_arrival.expect(i);
-    }
-  }
+  begin_arrivals<kThreads<kUnits>, kLayerNorm>(carry_arrival, m2_arrival, ring);
 
   const Carries partial_carries(p, at, partial, carry_arrival);
   const BlockDwx<Shape> block_dwx(at, operand);

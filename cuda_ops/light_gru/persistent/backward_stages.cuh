@@ -4,6 +4,7 @@
 #pragma once
 
 #include "light_gru/persistent/geometry.cuh"
+#include "light_gru/persistent/wide.cuh"
 
 namespace sb_fast_sligru {
 
@@ -13,6 +14,27 @@ __device__ __forceinline__ float2 operator+(float2 x, float2 y) {
 __device__ __forceinline__ float2 operator*(float2 x, float2 y) {
   return make_float2(x.x * y.x, x.y * y.y);
 }
+
+// ---- lanes
+// Who this thread is in the kernels for 512 < H <= 1024, and what its lane computes: units `unit` and
+// unit + 1 of row g of the cluster (of a tile of its rows).
+struct WideLane {
+  int warp, lane, g, c;
+  uint32_t rank;    // of the block in the cluster
+  int row0;         // first row of the cluster
+  int block_unit0;  // first unit of the block
+  int unit;
+  bool in_range;
+
+  __device__ __forceinline__ explicit WideLane(int hidden_size, int cluster_rows = kWideRows)
+      : warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(lane / 4), c(lane % 4) {
+    rank = cluster_rank();
+    row0 = static_cast<int>(blockIdx.x / kWideCluster) * cluster_rows;
+    block_unit0 = static_cast<int>(rank) * kWideUnits;
+    unit = block_unit0 + warp * 8 + 2 * c;
+    in_range = unit < hidden_size;
+  }
+};
 
 // ---- streams: the inputs of every step, from the chunk's last step to its first
 // One of them, of one row: where it is read next, and the bytes from a step to the one before.
@@ -112,10 +134,22 @@ struct Arrival {
   }
 };
 
-template <int kBlockThreads, class Memory>
-__device__ __forceinline__ void fill_with_zeros(Memory& memory) {
-  for (int i = threadIdx.x; i < static_cast<int>(sizeof(Memory)) / 4; i += kBlockThreads)
-    reinterpret_cast<uint32_t*>(&memory)[i] = 0;
+// Sets up the mbarriers of the partial carries and of m2, two each, and fills the ring of inputs with
+// zeros, which stay where grad_h has no such unit. A cluster_barrier() has to follow.
+template <int kBlockThreads, bool kLayerNorm, class Ring>
+__device__ __forceinline__ void begin_arrivals(const Arrival& carries, const Arrival& m2,
+                                               Ring& ring) {
+  if (threadIdx.x < 4) mbarrier::init(carries.barrier_of(threadIdx.x));
+  mbarrier::fence_init();
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(Ring)) / 4; i += kBlockThreads)
+    reinterpret_cast<uint32_t*>(&ring)[i] = 0;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; i++) {
+      carries.expect(i);
+      if (kLayerNorm) m2.expect(i);
+    }
+  }
 }
 
 // ---- m2 and carry
