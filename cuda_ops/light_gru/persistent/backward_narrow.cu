@@ -332,8 +332,8 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
 #if SB_FAST_SLIGRU_HAS_CLUSTERS
   using Shape = Shape<T, kCluster, kUnits, kLayerNorm>;
   using Carries = PartialCarries<Shape>;
-  constexpr int kHidden = Shape::kHidden, kBlockWarps = Shape::kBlockWarps;
-  constexpr int kBlockParts = Shape::kBlockParts, kTargets = Carries::kTargets;
+  constexpr int kBlockWarps = Shape::kBlockWarps, kBlockParts = Shape::kBlockParts;
+  constexpr int kTargets = Carries::kTargets;
 
   __shared__ alignas(128) typename Carries::Memory partial;
   __shared__ alignas(16) typename BlockDwx<Shape>::Memory operand;
@@ -391,12 +391,9 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
     if constexpr (kLayerNorm && kBlockParts == 1) m2_sum.send(turn);
     partial_carries.send(turn, sums, kTargets / 2, kTargets);
 
-    if (stored) {
-      uint16_t* output =
-          static_cast<uint16_t*>(p.dwx_rows) + int64_t{row_step} * 2 * kHidden + at.unit;
-      output[0] = dwx_a;
-      output[kHidden] = dwx_z;
-    }
+    if (stored)
+      write_dwx<Shape::kHidden>(static_cast<uint16_t*>(p.dwx_rows), row_step, at.unit, dwx_a,
+                                dwx_z);
     streams.fetch(k + kRingSteps - 1);
     next = streams.load(k + 1);
 

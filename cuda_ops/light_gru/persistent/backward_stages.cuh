@@ -108,6 +108,15 @@ struct StepInput {
   __device__ __forceinline__ Value v() const { return coefficients[kLayerNorm ? 4 : 0]; }
 };
 
+// ---- dwx
+// Stores dwx of a unit and step for the pass that follows. kHidden: padded.
+template <int kHidden, class T>
+__device__ __forceinline__ void write_dwx(T* rows, int row_step, int unit, T dwx_a, T dwx_z) {
+  T* output = rows + int64_t{row_step} * 2 * kHidden + unit;
+  output[0] = dwx_a;
+  output[kHidden] = dwx_z;
+}
+
 // ---- messages
 // Two buffers in turn: which of them step k uses, and the parity of that use.
 struct Turn {
