@@ -188,6 +188,16 @@ struct PartialCarries {
                                             const Memory& memory, const Arrival& arrival)
       : arrival(arrival) {
     const int hidden_size = static_cast<int>(p.layer.hidden);
+    const auto* ln_weight = static_cast<const float*>(p.layer.ln_weight);
+    const auto load_row = [&](int output, int column, float (&u)[4]) {  // 4 columns of it
+      const uint2 bits = *reinterpret_cast<const uint2*>(static_cast<const T*>(p.u) +
+                                                         int64_t{output} * hidden_size + column);
+      const float gamma = Shape::kLayerNorm && ln_weight != nullptr ? ln_weight[output] : 1.f;
+      u[0] = OperandTraits<T>::to_float(static_cast<uint16_t>(bits.x)) * gamma;
+      u[1] = OperandTraits<T>::to_float(static_cast<uint16_t>(bits.x >> 16)) * gamma;
+      u[2] = OperandTraits<T>::to_float(static_cast<uint16_t>(bits.y)) * gamma;
+      u[3] = OperandTraits<T>::to_float(static_cast<uint16_t>(bits.y >> 16)) * gamma;
+    };
     const uint32_t own = shared_address(&memory[0][at.rank][at.lane * kPieceBytes]);
 #pragma unroll
     for (int i = 0; i < kTargets; i++) {
@@ -202,8 +212,8 @@ struct PartialCarries {
         for (int gate = 0; gate < 2; gate++) {
           float even[4] = {}, odd[4] = {};
           if (row < hidden_size && column < hidden_size) {
-            load_weights(p, gate * hidden_size + row, column, even);
-            load_weights(p, gate * hidden_size + row + 1, column, odd);
+            load_row(gate * hidden_size + row, column, even);
+            load_row(gate * hidden_size + row + 1, column, odd);
           }
 #pragma unroll
           for (int j = 0; j < 4; j++)
@@ -219,20 +229,6 @@ struct PartialCarries {
     const int unit = at.warp * 8 + at.warp_unit;
     load_address = shared_address(
         &memory[0][0][(unit / 4 * 4 + at.row) * kPieceBytes + unit % 4 * sizeof(float)]);
-  }
-
-  // 4 columns of one row.
-  static __device__ __forceinline__ void load_weights(const PersistentBackward& p, int output,
-                                                      int column, float (&u)[4]) {
-    const auto* ln_weight = static_cast<const float*>(p.layer.ln_weight);
-    const int hidden_size = static_cast<int>(p.layer.hidden);
-    const uint2 bits = *reinterpret_cast<const uint2*>(static_cast<const T*>(p.u) +
-                                                       int64_t{output} * hidden_size + column);
-    const float gamma = Shape::kLayerNorm && ln_weight != nullptr ? ln_weight[output] : 1.f;
-    u[0] = OperandTraits<T>::to_float(static_cast<uint16_t>(bits.x)) * gamma;
-    u[1] = OperandTraits<T>::to_float(static_cast<uint16_t>(bits.x >> 16)) * gamma;
-    u[2] = OperandTraits<T>::to_float(static_cast<uint16_t>(bits.y)) * gamma;
-    u[3] = OperandTraits<T>::to_float(static_cast<uint16_t>(bits.y >> 16)) * gamma;
   }
 
   // The products for targets from..to-1, over k-tiles k_from..k_to-1.
