@@ -1,13 +1,14 @@
 // The backward recurrence of one chunk of time steps.
 //
-// For every row and step, with xh = rho Uc h_{n-1} and everything but d known beforehand (passes.cu):
+// For every row and step, with xh = rho Uc h_{n-1} and everything but d known beforehand
+// (passes.cu):
 //   Ka = (1 - z) mask act'(a);  Kz = (h_{n-1} - c) z (1 - z)
 //   q = Ka gamma_a xh_a + Kz gamma_z xh_z;  V = rho Uc^T Uc h_{n-1}
 // the recurrence is linear in d, the gradient with respect to h_n:
 //   d = grad_h_n + carry;  dwx = [d Ka, d Kz];  m2 = sum(d q) / 2H
 //   carry = d z + rho (Uc^T (gamma dwx) - m2 V)
-// Li-GRU: carry = d z + U^T dwx. (Derived from the cell in forward_narrow.cu: the gradient of
-// an RMS norm is rho (dx - xh mean(dx xh)), and mean(dx xh) = m2.)
+// Li-GRU: carry = d z + U^T dwx. (Derived from the cell in forward_narrow.cu: the gradient of an
+// RMS norm is rho (dx - xh mean(dx xh)), and mean(dx xh) = m2.)
 //
 // The sequential kernel is a reduce-scatter. Block k of a cluster owns the candidate and gate rows
 // of its 32 or 64 units (as in the forward kernel) of Uc and of dwx. Its dwx never leaves it: it
@@ -393,7 +394,7 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
     streams.fetch(k + kRingSteps - 1);
     next = streams.load(k + 1);
 
-    float own = keep(now.complement(), d);
+    float own = times_z(d, now.complement());
     if constexpr (kLayerNorm) {
       const float m2 = m2_sum.receive(turn);
       own = add_scaled(own, -now.rho * m2, now.v());

@@ -463,7 +463,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     streams.wait();
     if (at.owns) {
       next = streams.load(k + 1);
-      float own = keep(now.complement(), d);
+      float own = times_z(d, now.complement());
       if constexpr (kLayerNorm) {
         const float m2 = m2_sum.receive(turn);
         own = add_scaled(own, -now.rho * m2, now.v());

@@ -16,8 +16,8 @@ __device__ __forceinline__ float2 operator*(float2 x, float2 y) {
 }
 
 // ---- lanes
-// Who this thread is in the kernels for 512 < H <= 1024, and what its lane computes: units `unit` and
-// unit + 1 of row g of the cluster (of a tile of its rows).
+// Who this thread is in the kernels for 512 < H <= 1024, and what its lane computes: units `unit`
+// and unit + 1 of row g of the cluster (or of every tile of its rows).
 struct WideLane {
   int warp, lane, g, c;
   uint32_t rank;    // of the block in the cluster
@@ -143,8 +143,9 @@ struct Arrival {
   }
 };
 
-// Sets up the mbarriers of the partial carries and of m2, two each, and fills the ring of inputs with
-// zeros, which stay where grad_h has no such unit. A cluster_barrier() has to follow.
+// Sets up the mbarriers of the partial carries, two, and those of m2, the two after them, and fills
+// the ring of inputs with zeros, which stay where grad_h has no such unit. A cluster_barrier() has
+// to follow.
 template <int kBlockThreads, bool kLayerNorm, class Ring>
 __device__ __forceinline__ void begin_arrivals(const Arrival& carries, const Arrival& m2,
                                                Ring& ring) {
@@ -182,10 +183,12 @@ __device__ __forceinline__ auto add_partial_carries(const Load& load) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// d z, from 1 - z.
-__device__ __forceinline__ float keep(float complement, float d) { return fmaf(-complement, d, d); }
-__device__ __forceinline__ float2 keep(float2 complement, float2 d) {
-  return make_float2(keep(complement.x, d.x), keep(complement.y, d.y));
+// d z, from complement = 1 - z.
+__device__ __forceinline__ float times_z(float d, float complement) {
+  return fmaf(-complement, d, d);
+}
+__device__ __forceinline__ float2 times_z(float2 d, float2 complement) {
+  return make_float2(times_z(d.x, complement.x), times_z(d.y, complement.y));
 }
 
 // sum + factor x

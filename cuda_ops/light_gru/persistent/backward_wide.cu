@@ -1,5 +1,4 @@
-// The backward recurrence of backward_narrow.cu for 512 < H <= 1024: same equations, same
-// exchange.
+// The backward recurrence of backward_narrow.cu for 512 < H <= 1024: same equations, same exchange.
 //
 // A block owns 128 rows of Uc and dwx. Warp w serves blocks 2w and 2w + 1, in four items of 32
 // units each; an item is sent while the next one is multiplied. The partial carries travel in the
@@ -49,9 +48,9 @@ struct Shared {
   alignas(16) uint8_t scratch[kWideWarps][kScratchBytes];  // of the prologue
 };
 
-// The block of U^T that a warp multiplies: of Uc with gamma folded in. Item i: half i % 2 of the
-// units of block first_target ^ (i / 2); the lane's outputs are units 4g..4g+3 of that half (two
-// 16-row tiles, rows g and g + 8 of each); k-tile k holds the 8 candidate and 8 gate rows of warp k.
+// The part of Uc^T that a warp multiplies, with gamma folded in. Item i: half i % 2 of the units of
+// block first_target ^ (i / 2); the lane's outputs are units 4g..4g+3 of that half (two 16-row
+// tiles, rows g and g + 8 of each); k-tile k holds the 8 candidate and 8 gate rows of warp k.
 template <class T>
 struct Weights {
   uint32_t kept[Split::kInRegisters][4];
@@ -478,7 +477,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     next = streams.load(k + 1);
     weights.stage_early();
 
-    float2 own = keep(now.complement(), d);
+    float2 own = times_z(d, now.complement());
     if constexpr (kLayerNorm) {
       const float m2 = m2_sum.receive(turn);
       own = add_scaled(own, -now.rho * m2, now.v());

@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     const auto now = streams.next;
     const float2 d = now.grad_h + carry;
     const float2 dwx_a = d * now.k_a(), dwx_z = d * now.k_z();
-    float2 own = keep(now.complement(), d), v = make_float2(0.f, 0.f);
+    float2 own = times_z(d, now.complement()), v = make_float2(0.f, 0.f);
     float term = 0.f;
     if constexpr (kLayerNorm) {
       v = make_float2(now.rho * now.v().x, now.rho * now.v().y);
