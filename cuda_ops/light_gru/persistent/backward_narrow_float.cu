@@ -21,6 +21,7 @@
 namespace sb_fast_sligru {
 namespace {
 
+#if SB_FAST_SLIGRU_HAS_CLUSTERS
 // 32 units of a row, and 32 bytes that keep the four rows in different banks.
 constexpr int kRowBytes = kBlockUnits * 4 + 32;
 
@@ -372,6 +373,8 @@ struct M2Sum {
                             inverse_size);
   }
 };
+
+#endif  // SB_FAST_SLIGRU_HAS_CLUSTERS
 
 template <int kCluster, bool kLayerNorm>
 __global__ void __launch_bounds__(kFloatThreads, 1)

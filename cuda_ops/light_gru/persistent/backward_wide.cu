@@ -48,6 +48,7 @@ struct Shared {
   alignas(16) uint8_t scratch[kWideWarps][kScratchBytes];  // of the prologue
 };
 
+#if SB_FAST_SLIGRU_HAS_CLUSTERS
 // The part of Uc^T that a warp multiplies, with gamma folded in. Item i: half i % 2 of the units of
 // block first_target ^ (i / 2); the lane's outputs are units 4g..4g+3 of that half (two 16-row
 // tiles, rows g and g + 8 of each); k-tile k holds the 8 candidate and 8 gate rows of warp k.
@@ -407,6 +408,8 @@ struct M2Sum {
                                 inverse_size);
   }
 };
+
+#endif  // SB_FAST_SLIGRU_HAS_CLUSTERS
 
 template <class T, bool kLayerNorm>
 __global__ void __launch_bounds__(kWideThreads, 1)

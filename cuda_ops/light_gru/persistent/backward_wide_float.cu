@@ -47,6 +47,7 @@ struct Shared {
   uint64_t barriers[2];
 };
 
+#if SB_FAST_SLIGRU_HAS_CLUSTERS
 __device__ __forceinline__ void prefetch(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
@@ -241,6 +242,8 @@ struct PartialCarries {
         [&](int i) { return load_float2(receive_address + i * kSenderBytes); });
   }
 };
+
+#endif  // SB_FAST_SLIGRU_HAS_CLUSTERS
 
 template <bool kLayerNorm>
 __global__ void __launch_bounds__(kWideThreads, 1)
