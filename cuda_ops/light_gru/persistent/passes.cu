@@ -1,6 +1,6 @@
 // The elementwise passes around the sequential backward kernel: everything that does not depend on
-// the order of time steps. The algebra is at the head of backward_narrow.cu. Every thread
-// handles 8 neighbouring units.
+// the order of time steps. The algebra is at the head of backward_narrow.cu. Every thread handles 8
+// neighbouring units.
 #include "light_gru/persistent/geometry.cuh"
 
 namespace sb_fast_sligru {

@@ -1,0 +1,202 @@
+// What the time loops of the backward kernels share, in the order of a step (the equations and the
+// list of steps are at the head of backward_narrow.cu). A lane computes one unit of a row (float)
+// or two neighbouring ones (float2).
+#pragma once
+
+#include "light_gru/persistent/geometry.cuh"
+#include "light_gru/persistent/wide.cuh"
+
+namespace sb_fast_sligru {
+
+__device__ __forceinline__ float2 operator+(float2 x, float2 y) {
+  return make_float2(x.x + y.x, x.y + y.y);
+}
+__device__ __forceinline__ float2 operator*(float2 x, float2 y) {
+  return make_float2(x.x * y.x, x.y * y.y);
+}
+
+// ---- lanes
+// Who this thread is in the kernels for 512 < H <= 1024, and what its lane computes: units `unit`
+// and unit + 1 of row g of the cluster (or of every tile of its rows).
+struct WideLane {
+  int warp, lane, g, c;
+  uint32_t rank;    // of the block in the cluster
+  int row0;         // first row of the cluster
+  int block_unit0;  // first unit of the block
+  int unit;
+  bool in_range;
+
+  __device__ __forceinline__ explicit WideLane(int hidden_size, int cluster_rows = kWideRows)
+      : warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(lane / 4), c(lane % 4) {
+    rank = cluster_rank();
+    row0 = static_cast<int>(blockIdx.x / kWideCluster) * cluster_rows;
+    block_unit0 = static_cast<int>(rank) * kWideUnits;
+    unit = block_unit0 + warp * 8 + 2 * c;
+    in_range = unit < hidden_size;
+  }
+};
+
+// ---- streams: the inputs of every step, from the chunk's last step to its first
+// One of them, of one row: where it is read next, and the bytes from a step to the one before.
+struct Stream {
+  const char* source = nullptr;
+  int64_t step = 0;
+};
+
+// Coefficient `stream` of a unit. kHidden: padded.
+template <class T, int kStreams, int kHidden>
+__device__ __forceinline__ Stream coefficient_stream(const PersistentBackward& p, const Row& row,
+                                                     int stream, int unit) {
+  const int64_t step = -static_cast<int64_t>(sizeof(T)) * kStreams * kHidden;
+  const int64_t row_last = int64_t{row.index + 1} * static_cast<int>(p.count) - 1;
+  return {static_cast<const char*>(p.coefficients) - row_last * step +
+              (stream * kHidden + unit) * sizeof(T),
+          step};
+}
+
+__device__ __forceinline__ Sequence grad_h_sequence(const PersistentBackward& p) {
+  return {p.grad_h, p.layer.output_type, p.grad_h_batch_stride, p.grad_h_time_stride};
+}
+
+// grad_h of a unit of the row's direction.
+__device__ __forceinline__ Stream grad_h_stream(const PersistentBackward& p, const Sequence& grad_h,
+                                                const Row& row, int unit) {
+  const int hidden_size = static_cast<int>(p.layer.hidden);
+  return {grad_h.at(p.layer, row, p.first + static_cast<int>(p.count) - 1,
+                    row.direction * hidden_size + unit),
+          -grad_h.step_bytes(row)};
+}
+
+__device__ __forceinline__ Stream rho_stream(const PersistentBackward& p, const Row& row) {
+  const int64_t last = p.first + static_cast<int>(p.count) - 1;
+  return {reinterpret_cast<const char*>(p.rho + row.index * p.layer.time +
+                                        p.layer.time_of(row.index, last)),
+          row.direction ? 4 : -4};
+}
+
+// A piece of a stream that a thread copies in every step, into a ring of kRingSteps places in
+// shared memory.
+template <bool kLayerNorm>
+struct PieceCopy {
+  Stream stream;
+  int bytes = 0;    // 16, 4 (of rho) or none
+  uint32_t target;  // in the ring's first place
+
+  // Step k, counted from the chunk's last. To be called for every k in turn.
+  __device__ __forceinline__ void fetch(int k, int count, uint32_t ring_bytes) {
+    const uint32_t to = target + k % kRingSteps * ring_bytes;
+    if (k < count) {
+      if (bytes == 16) copy_async_16(to, stream.source);
+      if (kLayerNorm && bytes == 4) copy_async_4(to, stream.source);
+    }
+    stream.source += stream.step;
+    copy_async_commit();
+  }
+};
+
+// What a lane reads of a step.
+template <class Value, bool kLayerNorm>
+struct StepInput {
+  Value coefficients[kCoefficientStreams<kLayerNorm>];
+  Value grad_h = {};
+  float rho = 1.f;
+
+  __device__ __forceinline__ Value k_a() const { return coefficients[0]; }
+  __device__ __forceinline__ Value k_z() const { return coefficients[1]; }
+  __device__ __forceinline__ Value complement() const { return coefficients[2]; }  // 1 - z
+  __device__ __forceinline__ Value q() const { return coefficients[kLayerNorm ? 3 : 0]; }
+  __device__ __forceinline__ Value v() const { return coefficients[kLayerNorm ? 4 : 0]; }
+};
+
+// ---- dwx
+// Stores dwx of a unit and step for the pass that follows. kHidden: padded.
+template <int kHidden, class T>
+__device__ __forceinline__ void write_dwx(T* rows, int row_step, int unit, T dwx_a, T dwx_z) {
+  T* output = rows + int64_t{row_step} * 2 * kHidden + unit;
+  output[0] = dwx_a;
+  output[kHidden] = dwx_z;
+}
+
+// ---- messages
+// Two buffers in turn: which of them step k uses, and the parity of that use.
+struct Turn {
+  uint32_t buffer, parity;
+
+  __device__ __forceinline__ explicit Turn(int k) : buffer(k & 1), parity(k >> 1 & 1) {}
+};
+
+// The messages of one kind that a block gets from all blocks in a step, `traffic` bytes, and the
+// mbarrier under which they arrive: one for each of the buffers, 8 bytes apart.
+struct Arrival {
+  uint32_t barrier, traffic;
+
+  __device__ __forceinline__ uint32_t barrier_of(uint32_t buffer) const {
+    return barrier + buffer * 8;
+  }
+  __device__ __forceinline__ void expect(uint32_t buffer) const {
+    mbarrier::expect(barrier_of(buffer), traffic);
+  }
+  // Waits, then re-arms.
+  __device__ __forceinline__ void receive(uint32_t buffer, uint32_t parity) const {
+    mbarrier::wait(barrier_of(buffer), parity);
+    if (threadIdx.x == 0) expect(buffer);
+  }
+};
+
+// Sets up the mbarriers of the partial carries, two, and those of m2, the two after them, and fills
+// the ring of inputs with zeros, which stay where grad_h has no such unit. A cluster_barrier() has
+// to follow.
+template <int kBlockThreads, bool kLayerNorm, class Ring>
+__device__ __forceinline__ void begin_arrivals(const Arrival& carries, const Arrival& m2,
+                                               Ring& ring) {
+  if (threadIdx.x < 4) mbarrier::init(carries.barrier_of(threadIdx.x));
+  mbarrier::fence_init();
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(Ring)) / 4; i += kBlockThreads)
+    reinterpret_cast<uint32_t*>(&ring)[i] = 0;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; i++) {
+      carries.expect(i);
+      if (kLayerNorm) m2.expect(i);
+    }
+  }
+}
+
+// ---- m2 and carry
+// m2 of a row from the sums of all blocks over their units, which are block_bytes apart. Four
+// neighbouring lanes share the row; `address`: of block c, in lane c of them.
+template <int kCluster>
+__device__ __forceinline__ float add_m2(uint32_t address, uint32_t block_bytes,
+                                        float inverse_size) {
+  float m2 = 0.f;
+#pragma unroll
+  for (int i = 0; i < kCluster / 4; i++) m2 += load_float(address + i * 4 * block_bytes);
+  return add_lane_xor(add_lane_xor(m2, 1), 2) * inverse_size;
+}
+
+// The sum of the partial carries that all blocks sent; load(i): that of block i.
+template <int kCluster, class Load>
+__device__ __forceinline__ auto add_partial_carries(const Load& load) {
+  decltype(load(0)) sums[4] = {};
+#pragma unroll
+  for (int i = 0; i < kCluster; i++) sums[i % 4] = sums[i % 4] + load(i);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// d z, from complement = 1 - z.
+__device__ __forceinline__ float times_z(float d, float complement) {
+  return fmaf(-complement, d, d);
+}
+__device__ __forceinline__ float2 times_z(float2 d, float2 complement) {
+  return make_float2(times_z(d.x, complement.x), times_z(d.y, complement.y));
+}
+
+// sum + factor x
+__device__ __forceinline__ float add_scaled(float sum, float factor, float x) {
+  return fmaf(factor, x, sum);
+}
+__device__ __forceinline__ float2 add_scaled(float2 sum, float factor, float2 x) {
+  return make_float2(fmaf(factor, x.x, sum.x), fmaf(factor, x.y, sum.y));
+}
+
+}  // namespace sb_fast_sligru
