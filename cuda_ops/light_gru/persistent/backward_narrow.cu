@@ -325,7 +325,7 @@ struct M2Sum {
 
 template <class T, int kCluster, int kUnits, bool kLayerNorm>
 __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
-    backward_kernel(const __grid_constant__ PersistentBackward p) {
+    backward_narrow_kernel(const __grid_constant__ PersistentBackward p) {
 #if SB_FAST_SLIGRU_HAS_CLUSTERS
   using Shape = Shape<T, kCluster, kUnits, kLayerNorm>;
   using Carries = PartialCarries<Shape>;
@@ -410,8 +410,8 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
 
 template <class T, int kCluster, int kUnits>
 cudaError_t launch(const PersistentBackward& p, cudaStream_t stream) {
-  const auto kernel = p.layer.layer_norm ? backward_kernel<T, kCluster, kUnits, true>
-                                         : backward_kernel<T, kCluster, kUnits, false>;
+  const auto kernel = p.layer.layer_norm ? backward_narrow_kernel<T, kCluster, kUnits, true>
+                                         : backward_narrow_kernel<T, kCluster, kUnits, false>;
   const ClusterKernel<PersistentBackward> in_clusters = {kernel, kCluster, kThreads<kUnits>};
   return in_clusters.run(p.choice.clusters(p.layer.rows()), p, stream);
 }
@@ -424,8 +424,10 @@ cudaError_t launch(const PersistentBackward& p, cudaStream_t stream) {
       return launch<T, 4, kBlockUnits>(p, stream);
     case 8:
       return launch<T, 8, kBlockUnits>(p, stream);
-    default:
+    case 16:
       return launch<T, 16, kBlockUnits>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -41,7 +41,7 @@ struct Lane {
     warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
     lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     rank = cluster_rank();
-    rows = p.choice.rows;
+    rows = cluster_rows(p.layer, cluster);
     row0 = static_cast<int>(blockIdx.x / cluster) * rows;
     block_unit0 = static_cast<int>(rank) * kBlockUnits;
     row = g / 2, block_unit = warp % kWarps * 8 + 2 * c + g % 2;
@@ -378,7 +378,7 @@ struct M2Sum {
 
 template <int kCluster, bool kLayerNorm>
 __global__ void __launch_bounds__(kFloatThreads, 1)
-    backward_float_kernel(const __grid_constant__ PersistentBackward p) {
+    backward_narrow_float_kernel(const __grid_constant__ PersistentBackward p) {
 #if SB_FAST_SLIGRU_HAS_CLUSTERS
   using Inputs = Streams<kCluster, kLayerNorm>;
   using Carries = PartialCarries<kCluster, kLayerNorm>;
@@ -482,8 +482,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 
 template <int kCluster>
 cudaError_t launch(const PersistentBackward& p, cudaStream_t stream) {
-  const auto kernel = p.layer.layer_norm ? backward_float_kernel<kCluster, true>
-                                         : backward_float_kernel<kCluster, false>;
+  const auto kernel = p.layer.layer_norm ? backward_narrow_float_kernel<kCluster, true>
+                                         : backward_narrow_float_kernel<kCluster, false>;
   const ClusterKernel<PersistentBackward> in_clusters = {kernel, kCluster, kFloatThreads};
   return in_clusters.run(p.choice.clusters(p.layer.rows()), p, stream);
 }
@@ -496,8 +496,10 @@ cudaError_t run_backward_narrow_float(const PersistentBackward& p, cudaStream_t 
       return launch<4>(p, stream);
     case 8:
       return launch<8>(p, stream);
-    default:
+    case 16:
       return launch<16>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   const int team = warp / kTeamWarps, part = warp % kTeamWarps;  // in the product
   const int own_row = warp / 2, half = warp % 2;                 // after it
   const uint32_t rank = cluster_rank();
-  const int rows = p.choice.rows;
+  const int rows = cluster_rows(layer, kCluster);
   const int row0 = static_cast<int>(blockIdx.x / kCluster) * rows;
   const int block_unit0 = static_cast<int>(rank) * kBlockUnits, unit = block_unit0 + lane;
   const bool in_range = unit < hidden_size;

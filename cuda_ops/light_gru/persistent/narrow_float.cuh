@@ -20,6 +20,13 @@ namespace sb_fast_sligru {
 constexpr int kFloatWarps = 8;
 constexpr int kFloatThreads = 32 * kFloatWarps;
 
+// p.choice.rows, the rows of a cluster, computed anew from the grid: so the compiler keeps the number
+// in a register, where it would read a parameter in every step, which costs 5 to 8 % of it.
+__device__ __forceinline__ int cluster_rows(const Recurrence& layer, int cluster) {
+  const int clusters = static_cast<int>(gridDim.x) / cluster;
+  return (static_cast<int>(layer.rows()) + clusters - 1) / clusters;
+}
+
 __device__ __forceinline__ bool has_zero_byte(uint32_t x) {
   return ((x - 0x01010101u) & ~x & 0x80808080u) != 0;
 }
