@@ -433,10 +433,6 @@ cudaError_t launch(const PersistentBackward& p, cudaStream_t stream) {
 
 }  // namespace
 
-int coefficient_streams(bool layer_norm) {
-  return layer_norm ? kCoefficientStreams<true> : kCoefficientStreams<false>;
-}
-
 cudaError_t run_backward_narrow(const PersistentBackward& p, cudaStream_t stream) {
   return p.layer.operand_type == DType::kBFloat16 ? launch<__nv_bfloat16>(p, stream)
                                                   : launch<__half>(p, stream);

@@ -281,6 +281,10 @@ cudaError_t with_operand_type(const Recurrence& layer, Pass pass) {
 
 }  // namespace
 
+int coefficient_streams(bool layer_norm) {
+  return layer_norm ? kCoefficientStreams<true> : kCoefficientStreams<false>;
+}
+
 int64_t affine_partials(int64_t rows, int64_t count) { return rows * ceil_div(count, kSegment); }
 
 cudaError_t gather_h_previous(const PersistentBackward& p, cudaStream_t stream) {
