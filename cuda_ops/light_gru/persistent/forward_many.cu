@@ -10,6 +10,7 @@
 //
 // Buffers (see exchange.cuh): one of each, as in forward_narrow.cu. Li-GRU has no statistics,
 // but its blocks send a word in their place: it says that their reads of h are over.
+#include "light_gru/persistent/forward_stages.cuh"
 #include "light_gru/persistent/launch.h"
 #include "light_gru/persistent/many.cuh"
 
@@ -26,6 +27,7 @@ constexpr int kSlotBytes = kManyTiles * kTileBytes;     // of which the tiles in
 constexpr int kLineBytes = kWideUnits * sizeof(float);  // wx of a row and gate, at most
 
 struct Shared {
+  // Slot o of `hidden` belongs to block rank ^ o and is [tile][8 units of a warp][row][unit].
   alignas(128) uint8_t hidden[kWideCluster][kSlotBytes];
   uint8_t fragments[kSharedFragments][kWarpgroups][kGroupFragmentBytes];
   uint8_t wx[kManyRows][2][kLineBytes];  // of one step
@@ -36,201 +38,249 @@ struct Shared {
 
 static_assert(sizeof(Shared) <= kManySharedBytes);
 
-template <class T, bool kLayerNorm>
-__global__ void __launch_bounds__(kWideThreads, 1)
-    forward_many_kernel(const __grid_constant__ PersistentForward p) {
-#if SB_FAST_SLIGRU_HAS_WARPGROUPS
-  using Split = FragmentSplit<kSharedFragments>;
-  extern __shared__ __align__(128) uint8_t shared_bytes[];
-  auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  __shared__ alignas(8) uint64_t barriers[kGroups + 1];
+// The rows of a cluster. Those of the last tile that it does not have are computed like the last
+// row of all and neither loaded nor stored.
+struct Rows {
+  const Recurrence& layer;
+  int row0, count, tiles;
 
-  const Recurrence& layer = p.layer;
-  const int hidden_size = static_cast<int>(layer.hidden), steps = static_cast<int>(layer.time);
-  const int rows = p.choice.rows, tiles = (rows + 7) / 8;
-  const auto* h0 = static_cast<const float*>(layer.h0);
-  const auto* drop_mask = static_cast<const float*>(layer.drop_mask);
-  const auto* ln_weight = static_cast<const float*>(layer.ln_weight);
-  const auto* ln_bias = static_cast<const float*>(layer.ln_bias);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  const uint32_t rank = cluster_rank();
-  const int row0 = static_cast<int>(blockIdx.x / kWideCluster) * rows;
-  const int block_unit0 = static_cast<int>(rank) * kWideUnits;
-  const int unit = block_unit0 + warp * 8 + g;
-  const bool in_range = block_unit0 + warp * 8 < hidden_size;
-  // Rows of the last tile that the cluster does not have are computed like the last row of all and
-  // neither loaded nor stored.
-  const auto locate = [&](int local_row) { return locate_row(layer, row0, local_row, rows); };
+  __device__ __forceinline__ Row locate(int local_row) const {
+    return locate_row(layer, row0, local_row, count);
+  }
+};
 
-  const uint32_t hidden_barrier = shared_address(&barriers[0]);
-  const uint32_t statistics_barrier = shared_address(&barriers[kGroups]);
-  const uint32_t tile_traffic = tiles * kTileBytes;
-  const int norm_rows = kLayerNorm ? 8 * tiles : 0;
-  const uint32_t statistics_traffic = row_sums_traffic(norm_rows);
-  const auto expect_hidden = [&](int n) {  // a block's own slot, the first, comes without a message
-    const int slots = n == 0 ? kGroupSlots - 1 : kGroupSlots;
-    mbarrier::expect(hidden_barrier + 8 * n, slots * tile_traffic);
-  };
-  if (threadIdx.x <= kGroups) mbarrier::init(hidden_barrier + 8 * threadIdx.x);
-  mbarrier::fence_init();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int n = 0; n < kGroups; n++) mbarrier::arrive(hidden_barrier + 8 * n);  // h0: no message
-    mbarrier::expect(statistics_barrier, statistics_traffic);
+// The mbarriers of a block: kGroups for h, one for the statistics.
+struct ManyArrivals {
+  uint32_t hidden, statistics;
+  uint32_t tile_traffic, statistics_traffic;
+
+  // By all threads of the block. A cluster_barrier() has to follow.
+  __device__ __forceinline__ ManyArrivals(uint64_t (&barriers)[kGroups + 1], int tiles,
+                                          int norm_rows)
+      : hidden(shared_address(&barriers[0])),
+        statistics(shared_address(&barriers[kGroups])),
+        tile_traffic(tiles * kTileBytes),
+        statistics_traffic(row_sums_traffic(norm_rows)) {
+    if (threadIdx.x <= kGroups) mbarrier::init(hidden + 8 * threadIdx.x);
+    mbarrier::fence_init();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int n = 0; n < kGroups; n++) mbarrier::arrive(hidden + 8 * n);  // h0: no message
+      mbarrier::expect(statistics, statistics_traffic);
+    }
   }
 
-  // Slot o of `hidden` belongs to block rank ^ o and is [tile][8 units of a warp][row][unit].
+  __device__ __forceinline__ void wait_for_hidden(int t, int n) const {
+    // A block's own slot, the first, comes without a message.
+    const int slots = n == 0 ? kGroupSlots - 1 : kGroupSlots;
+    receive(hidden + 8 * n, t & 1, slots * tile_traffic);
+  }
+  __device__ __forceinline__ void wait_for_statistics(int t) const {
+    receive(statistics, t & 1, statistics_traffic);
+  }
+};
+
+// h0 as the product's operand.
+template <class T>
+__device__ __forceinline__ void write_initial_hidden(Shared& shared, const Rows& rows,
+                                                     const Position& at) {
   for (int i = threadIdx.x; i < kManyRows * kWideHidden / 2; i += kWideThreads) {
     const int row = i / (kWideHidden / 2), k = i % (kWideHidden / 2) * 2;
     const int slot = k / kWideUnits, section = k % kWideUnits / 8;
-    const int column = static_cast<int>(rank ^ slot) * kWideUnits + k % kWideUnits;
-    float2 value = make_float2(0.f, 0.f);
-    if (h0 != nullptr && column < hidden_size)
-      value =
-          *reinterpret_cast<const float2*>(h0 + int64_t{locate(row).index} * hidden_size + column);
+    const int column = static_cast<int>(at.rank ^ slot) * kWideUnits + k % kWideUnits;
+    const float2 value = load_initial_pair(rows.layer, rows.locate(row), column);
     *reinterpret_cast<uint32_t*>(&shared.hidden[slot][row / 8 * kTileBytes + section * kCoreBytes +
                                                       row % 8 * 16 + k % 8 * 2]) =
         OperandTraits<T>::pack(value.x, value.y);
   }
-  for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.wx)) / 4; i += kWideThreads)
-    reinterpret_cast<uint32_t*>(shared.wx)[i] = 0;  // stays so where units or rows are padding
+}
 
-  // Fragment 4o + i: units 16i..16i+15 of slot o.
+// r = Uc h. Fragment 4o + i: units 16i..16i+15 of slot o.
+template <class T>
+struct Product {
+  using Split = FragmentSplit<kSharedFragments>;
   uint32_t weights[Split::kInRegisters][4];
-  const int warpgroup = __shfl_sync(0xffffffffu, warp / 4, 0);
+  Matrix weight_matrix, hidden_matrix;
+
+  __device__ __forceinline__ Product(Shared& shared, const void* u_, const Position& at, int unit)
+      : weight_matrix(0, 0, 0), hidden_matrix(0, 0, 0) {
+    const int warpgroup = __shfl_sync(0xffffffffu, at.warp / 4, 0);
 #pragma unroll
-  for (int f = 0; f < kWideFragments; f++) {
-    const int column = static_cast<int>(rank ^ (f / kSlotFragments)) * kWideUnits +
-                       f % kSlotFragments * 16 + 2 * c;
-    uint32_t a[4] = {};
-    if (unit < hidden_size) {
-      const T* u = static_cast<const T*>(p.u) + int64_t{unit} * hidden_size + column;
+    for (int f = 0; f < kWideFragments; f++) {
+      const int column = static_cast<int>(at.rank ^ (f / kSlotFragments)) * kWideUnits +
+                         f % kSlotFragments * 16 + 2 * at.c;
+      uint32_t a[4] = {};
+      if (unit < at.hidden_size) {
+        const T* u = static_cast<const T*>(u_) + int64_t{unit} * at.hidden_size + column;
 #pragma unroll
-      for (int i = 0; i < 4; i++)  // candidate, gate; then the same 8 columns on
-        if (column + i / 2 * 8 < hidden_size)
-          a[i] = *reinterpret_cast<const uint32_t*>(u + i % 2 * int64_t{hidden_size} * hidden_size +
-                                                    i / 2 * 8);
+        for (int i = 0; i < 4; i++)  // candidate, gate; then the same 8 columns on
+          if (column + i / 2 * 8 < at.hidden_size)
+            a[i] = *reinterpret_cast<const uint32_t*>(
+                u + i % 2 * int64_t{at.hidden_size} * at.hidden_size + i / 2 * 8);
+      }
+      if (Split::is_shared(f)) {
+        store_fragment(shared_address(&shared.fragments[Split::shared_before(f)][warpgroup][0]), a);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) weights[Split::register_index(f)][i] = a[i];
+      }
     }
-    if (Split::is_shared(f)) {
-      store_fragment(shared_address(&shared.fragments[Split::shared_before(f)][warpgroup][0]), a);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; i++) weights[Split::register_index(f)][i] = a[i];
-    }
+    weight_matrix =
+        Matrix(shared_address(&shared.fragments[0][warpgroup][0]), 8 * kCoreBytes, kCoreBytes);
+    hidden_matrix = Matrix(shared_address(&shared.hidden[0][0]), kCoreBytes, kTileBytes);
   }
-  const Matrix weight_matrix(shared_address(&shared.fragments[0][warpgroup][0]), 8 * kCoreBytes,
-                             kCoreBytes);
-  const Matrix hidden_matrix(shared_address(&shared.hidden[0][0]), kCoreBytes, kTileBytes);
 
-  float h[kManyTiles][2], mask[kManyTiles][2];
-#pragma unroll
-  for (int j = 0; j < kManyTiles; j++) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int64_t state = int64_t{locate(8 * j + 2 * c + i).index} * hidden_size + unit;
-      h[j][i] = in_range && h0 != nullptr ? h0[state] : 0.f;
-      mask[j][i] = in_range && drop_mask != nullptr ? drop_mask[state] : 1.f;
-    }
-  }
-  float gamma_a = 1.f, gamma_z = 1.f, beta_a = 0.f, beta_z = 0.f;
-  if (kLayerNorm && in_range && ln_weight != nullptr)
-    gamma_a = ln_weight[unit], gamma_z = ln_weight[hidden_size + unit];
-  if (kLayerNorm && in_range && ln_bias != nullptr)
-    beta_a = ln_bias[unit], beta_z = ln_bias[hidden_size + unit];
-
-  const Sequence wx = wx_sequence(layer), outputs = h_sequence(layer, p.h);
-  const bool wx_float = wx.is_float(), h_float = outputs.is_float();
-  for (int i = threadIdx.x; i < kManyRows; i += kWideThreads) {
-    const Row row = locate(i);
-    const int h_unit = row.direction * hidden_size + block_unit0;
-    shared.wx_rows[i] = {row.valid ? wx.at(layer, row, 0, block_unit0) : nullptr,
-                         wx.step_bytes(row)};
-    shared.h_rows[i] = {row.valid ? outputs.at(layer, row, 0, h_unit) : nullptr,
-                        outputs.step_bytes(row)};
-    shared.rho[i] = 0.f;
-  }
-  const int block_units = min(hidden_size - block_unit0, kWideUnits);  // maybe negative
-
-  // wx of one step, in pieces of 16 bytes, whole 128-byte lines; sections of 8 units permuted by
-  // row against bank conflicts.
-  const int wx_bytes = wx.bytes(), wx_pieces = wx_float ? 2 : 1;  // of 8 units
-  const int wx_shift = wx_float ? 1 : 0;
-  const uint32_t wx_gate_bytes = kWideUnits * wx_bytes, wx_row_bytes = 2 * wx_gate_bytes;
-  const auto wx_section = [](int row, int section) { return section ^ (row >> 1 & 3); };
-  const auto fetch = [&](int n) {
-    for (int i = threadIdx.x; i < rows * 2 * kWideWarps * wx_pieces; i += kWideThreads) {
-      const int piece = i & wx_shift, j = i >> wx_shift, section = j % kWideWarps;
-      const int gate = j / kWideWarps % 2, local_row = j / kWideWarps / 2;
-      const RowStream& row = shared.wx_rows[local_row];
-      if (row.data != nullptr && section * 8 < block_units)
-        copy_async_16(
-            shared_address(&shared.wx) + local_row * wx_row_bytes + gate * wx_gate_bytes +
-                (wx_section(local_row, section) * wx_pieces + piece) * 16,
-            row.at(n) + gate * hidden_size * wx_bytes + (section * wx_pieces + piece) * 16);
-    }
-    copy_async_commit();
-  };
-  uint32_t wx_load = shared_address(&shared.wx) + 2 * c * wx_row_bytes +
-                     (wx_section(2 * c, warp) * 8 + g) * wx_bytes;
-
-  // 16-bit h is stored from the block's own slot, 16 bytes a lane: 8 rows by 4 sections a warp.
-  const auto store_h = [&](int n) {
-    for (int i = warp; i < 2 * tiles; i += kWideWarps) {
-      const RowStream& row = shared.h_rows[i / 2 * 8 + lane % 8];
-      const int section = i % 2 * 4 + lane / 8;
-      const uint4 words = load_uint4(shared_address(&shared.hidden[0][0]) + i / 2 * kTileBytes +
-                                     section * kCoreBytes + lane % 8 * 16);
-      if (row.data != nullptr && section * 8 < block_units)
-        *reinterpret_cast<uint4*>(const_cast<char*>(row.at(n)) + section * 16) = words;
-    }
-  };
-  // See add_row_sums(): whose rho the lane computes.
-  const int rho_local_row = warp * kManyTiles + lane % 8;
-  const bool computes_rho = lane % 8 < kManyTiles && rho_local_row < 8 * tiles;
-  const Row rho_row = locate(rho_local_row);
-  const bool stores_rho = kLayerNorm && rank == 0 && lane < kManyTiles && rho_row.valid;
-  float* rho_output = nullptr;
-  if (stores_rho)
-    rho_output = p.rho + int64_t{rho_row.index} * steps + layer.time_of(rho_row.index, 0);
-  const int rho_step = rho_row.direction ? -1 : 1;
-
-  uint32_t hidden_store = shared_address(&shared.hidden[0][warp * kCoreBytes + g * 16 + c * 4]);
-  uint32_t sum_store = shared_address(&shared.squares.of_warps[warp][2 * c + (g & 1)]);
-  uint32_t rho_load = shared_address(&shared.rho[2 * c]);
-  float inverse_size = 1.f / static_cast<float>(2 * hidden_size);
-  float eps = static_cast<float>(layer.eps);
-  const Activation activation = layer.activation;
-  pin(inverse_size), pin(eps), pin(hidden_store), pin(sum_store);
-  pin(rho_load), pin(wx_load);
-  fence_async();
-  __syncthreads();
-  cluster_barrier();
-
-#pragma unroll 1
-  for (int t = 0; t < steps; t++) {
-    float sums[kSums];
-    // While h arrives.
-    fetch(t);
-    if (t > 0 && !h_float) store_h(t - 1);
+  // Waits for h group by group.
+  __device__ __forceinline__ void compute(float (&sums)[kSums], const ManyArrivals& arrivals,
+                                          int t) const {
 #pragma unroll
     for (int f = 0; f < kWideFragments; f++) {
       constexpr int kGroupFragments = kGroupSlots * kSlotFragments;
       if (f % kGroupFragments == 0) {
-        const int n = f / kGroupFragments;
-        mbarrier::wait(hidden_barrier + 8 * n, t & 1);
-        if (threadIdx.x == 0) expect_hidden(n);
+        arrivals.wait_for_hidden(t, f / kGroupFragments);
         warpgroup_begin();
       }
       const uint64_t b =
           hidden_matrix.at(f / kSlotFragments * kSlotBytes + f % kSlotFragments * 2 * kCoreBytes);
       if (Split::is_shared(f))
         warpgroup_multiply<T>(
-            sums, weight_matrix.at(Split::shared_before(f) * sizeof(shared.fragments[0])), b,
+            sums, weight_matrix.at(Split::shared_before(f) * sizeof(Shared::fragments[0])), b,
             f > 0);
       else
         warpgroup_multiply<T>(sums, weights[Split::register_index(f)], b, f > 0);
     }
     warpgroup_finish(sums);
+  }
+};
+
+// wx of one step, in pieces of 16 bytes, whole 128-byte lines; sections of 8 units permuted by row
+// against bank conflicts.
+template <class T>
+struct Input {
+  Shared& shared;
+  int rows, block_units, row_gate_bytes;  // block_units may be negative
+  bool is_float;
+  int pieces, shift;  // of 8 units
+  uint32_t gate_bytes, row_bytes;
+  uint32_t load_address;
+
+  static __device__ __forceinline__ int section_of(int row, int section) {
+    return section ^ (row >> 1 & 3);
+  }
+
+  __device__ __forceinline__ Input(Shared& shared, const Sequence& wx, const Position& at,
+                                   const Rows& rows)
+      : shared(shared), rows(rows.count) {
+    const int wx_bytes = wx.bytes();
+    is_float = wx.is_float();
+    block_units = min(at.hidden_size - at.block_unit0, kWideUnits);
+    row_gate_bytes = at.hidden_size * wx_bytes;
+    pieces = is_float ? 2 : 1, shift = is_float ? 1 : 0;
+    gate_bytes = kWideUnits * wx_bytes, row_bytes = 2 * gate_bytes;
+    load_address = shared_address(&shared.wx) + 2 * at.c * row_bytes +
+                   (section_of(2 * at.c, at.warp) * 8 + at.g) * wx_bytes;
+  }
+
+  __device__ __forceinline__ void fetch(int n) const {
+    for (int i = threadIdx.x; i < rows * 2 * kWideWarps * pieces; i += kWideThreads) {
+      const int piece = i & shift, j = i >> shift, section = j % kWideWarps;
+      const int gate = j / kWideWarps % 2, local_row = j / kWideWarps / 2;
+      const RowStream& row = shared.wx_rows[local_row];
+      if (row.data != nullptr && section * 8 < block_units)
+        copy_async_16(shared_address(&shared.wx) + local_row * row_bytes + gate * gate_bytes +
+                          (section_of(local_row, section) * pieces + piece) * 16,
+                      row.at(n) + gate * row_gate_bytes + (section * pieces + piece) * 16);
+    }
+    copy_async_commit();
+  }
+
+  // Of row 8 tile + 2c + i.
+  __device__ __forceinline__ GatePair load(int tile, int i) const {
+    const uint32_t now = load_address + (8 * tile + i) * row_bytes;
+    const float a = is_float ? load_float(now) : load_operand<T>(now);
+    return {a, is_float ? load_float(now + gate_bytes) : load_operand<T>(now + gate_bytes)};
+  }
+};
+
+template <class T, bool kLayerNorm>
+__global__ void __launch_bounds__(kWideThreads, 1)
+    forward_many_kernel(const __grid_constant__ PersistentForward p) {
+#if SB_FAST_SLIGRU_HAS_WARPGROUPS
+  extern __shared__ __align__(128) uint8_t shared_bytes[];
+  auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  __shared__ alignas(8) uint64_t barriers[kGroups + 1];
+
+  const Recurrence& layer = p.layer;
+  const Position at = locate_thread<kWideCluster, kWideUnits>(layer, p.choice.rows);
+  const Rows rows = {layer, at.row0, p.choice.rows, (p.choice.rows + 7) / 8};
+  const int unit = at.block_unit0 + at.warp * 8 + at.g;
+  const bool in_range = at.block_unit0 + at.warp * 8 < at.hidden_size;
+
+  const int norm_rows = kLayerNorm ? 8 * rows.tiles : 0;
+  const ManyArrivals arrivals(barriers, rows.tiles, norm_rows);
+  write_initial_hidden<T>(shared, rows, at);
+  fill_with_zeros<kWideThreads>(shared.wx);  // stays so where units or rows are padding
+  const Product<T> product(shared, p.u, at, unit);
+
+  UnitState state[kManyTiles][2];
+  UnitParameters parameters;
+  if (in_range) {
+#pragma unroll
+    for (int j = 0; j < kManyTiles; j++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) state[j][i].load(layer, rows.locate(8 * j + 2 * at.c + i), unit);
+    if (kLayerNorm) parameters.load(layer, unit);
+  }
+
+  const Sequence wx_all = wx_sequence(layer), outputs = h_sequence(layer, p.h);
+  const bool h_float = outputs.is_float();
+  for (int i = threadIdx.x; i < kManyRows; i += kWideThreads) {
+    const Row row = rows.locate(i);
+    const int h_unit = row.direction * at.hidden_size + at.block_unit0;
+    shared.wx_rows[i] = {row.valid ? wx_all.at(layer, row, 0, at.block_unit0) : nullptr,
+                         wx_all.step_bytes(row)};
+    shared.h_rows[i] = {row.valid ? outputs.at(layer, row, 0, h_unit) : nullptr,
+                        outputs.step_bytes(row)};
+    shared.rho[i] = 0.f;
+  }
+  Input<T> wx(shared, wx_all, at, rows);
+
+  // 16-bit h is stored from the block's own slot, 16 bytes a lane: 8 rows by 4 sections a warp.
+  const auto store_h = [&](int n) {
+    for (int i = at.warp; i < 2 * rows.tiles; i += kWideWarps) {
+      const RowStream& row = shared.h_rows[i / 2 * 8 + at.lane % 8];
+      const int section = i % 2 * 4 + at.lane / 8;
+      const uint4 words = load_uint4(shared_address(&shared.hidden[0][0]) + i / 2 * kTileBytes +
+                                     section * kCoreBytes + at.lane % 8 * 16);
+      if (row.data != nullptr && section * 8 < wx.block_units)
+        *reinterpret_cast<uint4*>(const_cast<char*>(row.at(n)) + section * 16) = words;
+    }
+  };
+  // See add_row_sums(): whose rho the lane computes.
+  const int rho_local_row = at.warp * kManyTiles + at.lane % 8;
+  const bool computes_rho = at.lane % 8 < kManyTiles && rho_local_row < 8 * rows.tiles;
+  RhoOutput rho_output(p, rows.locate(rho_local_row),
+                       kLayerNorm && at.rank == 0 && at.lane < kManyTiles);
+
+  uint32_t hidden_store =
+      shared_address(&shared.hidden[0][at.warp * kCoreBytes + at.g * 16 + at.c * 4]);
+  uint32_t sum_store = shared_address(&shared.squares.of_warps[at.warp][2 * at.c + (at.g & 1)]);
+  uint32_t rho_load = shared_address(&shared.rho[2 * at.c]);
+  RootMeanSquare norm(layer);
+  const Activation activation = layer.activation;
+  pin(norm.inverse_size), pin(norm.eps), pin(hidden_store), pin(sum_store);
+  pin(rho_load), pin(wx.load_address);
+  fence_async();
+  __syncthreads();
+  cluster_barrier();
+
+#pragma unroll 1
+  for (int t = 0; t < at.steps; t++) {
+    // While h arrives.
+    wx.fetch(t);
+    if (t > 0 && !h_float) store_h(t - 1);
+    float sums[kSums];
+    product.compute(sums, arrivals, t);
 
     if constexpr (kLayerNorm) {
 #pragma unroll
@@ -238,23 +288,17 @@ __global__ void __launch_bounds__(kWideThreads, 1)
         const float (&r)[kSums] = sums;
         const float even = fmaf(r[4 * j], r[4 * j], r[4 * j + 2] * r[4 * j + 2]);
         const float odd = fmaf(r[4 * j + 1], r[4 * j + 1], r[4 * j + 3] * r[4 * j + 3]);
-        float sum = (g & 1) ? odd : even;  // lane g: row 2c + (g & 1)
-        sum += __shfl_xor_sync(0xffffffffu, (g & 1) ? even : odd, 4);
-        sum = add_lane_xor(add_lane_xor(sum, 8), 16);
-        if (g < 2) store_float(sum_store + 32 * j, sum);
+        const float sum = sum_over_units(even, odd, at.g);
+        if (at.g < 2) store_float(sum_store + 32 * j, sum);
       }
     }
     __syncthreads();
-    send_row_sums(shared.squares, norm_rows, rank, statistics_barrier);
-    mbarrier::wait(statistics_barrier, t & 1);
-    if (threadIdx.x == 0) mbarrier::expect(statistics_barrier, statistics_traffic);
+    send_row_sums(shared.squares, norm_rows, at.rank, arrivals.statistics);
+    arrivals.wait_for_statistics(t);
     if constexpr (kLayerNorm) {
-      const float rho = reciprocal_sqrt(fmaf(add_row_sums(shared.squares), inverse_size, eps));
-      if (computes_rho && lane < 8) shared.rho[rho_local_row] = rho;
-      if (stores_rho) {
-        *rho_output = rho;
-        rho_output += rho_step;
-      }
+      const float rho = norm.rho(add_row_sums(shared.squares));
+      if (computes_rho && at.lane < 8) shared.rho[rho_local_row] = rho;
+      rho_output.store(rho);
     }
     copy_async_wait<0>();
     __syncthreads();
@@ -265,36 +309,37 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       if (kLayerNorm) rho = load_float2(rho_load + 32 * j);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const uint32_t now = wx_load + (8 * j + i) * wx_row_bytes;
-        float a = wx_float ? load_float(now) : load_operand<T>(now);
-        float s = wx_float ? load_float(now + wx_gate_bytes) : load_operand<T>(now + wx_gate_bytes);
-        if constexpr (kLayerNorm) a += beta_a, s += beta_z;
+        GatePair wx_t = wx.load(j, i);
+        if constexpr (kLayerNorm) wx_t.a += parameters.beta.a, wx_t.z += parameters.beta.z;
         const float scale = i == 0 ? rho.x : rho.y;
-        a = fmaf(sums[4 * j + i], kLayerNorm ? gamma_a * scale : 1.f, a);
-        s = fmaf(sums[4 * j + 2 + i], kLayerNorm ? gamma_z * scale : 1.f, s);
-        const float candidate = fast_activate(activation, a) * mask[j][i];
-        h[j][i] = next_hidden(h[j][i], fast_sigmoid(s), candidate);
+        const float a =
+            fmaf(sums[4 * j + i], kLayerNorm ? parameters.gamma.a * scale : 1.f, wx_t.a);
+        const float s =
+            fmaf(sums[4 * j + 2 + i], kLayerNorm ? parameters.gamma.z * scale : 1.f, wx_t.z);
+        const float candidate = fast_activate(activation, a) * state[j][i].drop_mask;
+        state[j][i].h = next_hidden(state[j][i].h, fast_sigmoid(s), candidate);
         if (h_float) {
-          const RowStream& row = shared.h_rows[8 * j + 2 * c + i];
+          const RowStream& row = shared.h_rows[8 * j + 2 * at.c + i];
           if (row.data != nullptr && in_range)
-            reinterpret_cast<float*>(const_cast<char*>(row.at(t)))[warp * 8 + g] = h[j][i];
+            reinterpret_cast<float*>(const_cast<char*>(row.at(t)))[at.warp * 8 + at.g] =
+                state[j][i].h;
         }
       }
       // After the transpose lane (g, c) holds units 2c, 2c + 1 of row g.
-      const uint32_t words = transpose(OperandTraits<T>::pack(h[j][0], h[j][1]));
+      const uint32_t words = transpose(OperandTraits<T>::pack(state[j][0].h, state[j][1].h));
       store_uint(hidden_store + j * kTileBytes, words);
     }
     fence_async();
     __syncthreads();
-    if (t + 1 < steps && threadIdx.x == 0) {
+    if (t + 1 < at.steps && threadIdx.x == 0) {
 #pragma unroll 1
       for (uint32_t o = 1; o < kWideCluster; o++)
-        send_bulk(remote_address(shared_address(&shared.hidden[o][0]), rank ^ o),
-                  remote_address(hidden_barrier + 8 * (o / kGroupSlots), rank ^ o),
-                  shared_address(&shared.hidden[0][0]), tile_traffic);
+        send_bulk(remote_address(shared_address(&shared.hidden[o][0]), at.rank ^ o),
+                  remote_address(arrivals.hidden + 8 * (o / kGroupSlots), at.rank ^ o),
+                  shared_address(&shared.hidden[0][0]), arrivals.tile_traffic);
     }
   }
-  if (!h_float) store_h(steps - 1);
+  if (!h_float) store_h(at.steps - 1);
   cluster_barrier();
 #endif
 }

@@ -14,188 +14,111 @@
 // Buffers (see exchange.cuh): SLi-GRU needs one of each, since hop 1 proves that the reads of h are
 // over and hop 2 that the reads of the statistics are; Li-GRU has hop 2 alone and alternates two
 // buffers.
-#include "light_gru/persistent/geometry.cuh"
+#include "light_gru/persistent/forward_stages.cuh"
 #include "light_gru/persistent/launch.h"
 
 namespace sb_fast_sligru {
 namespace {
 
-template <class T, int kCluster, int kUnits, bool kLayerNorm>
-__global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
-    forward_kernel(const __grid_constant__ PersistentForward p) {
-#if SB_FAST_SLIGRU_HAS_CLUSTERS
-  constexpr int kBuffers = kLayerNorm ? 1 : 2;
+template <int kCluster_, int kUnits_, bool kLayerNorm_>
+struct Geometry {
+  static constexpr int kCluster = kCluster_, kUnits = kUnits_;
+  static constexpr bool kLayerNorm = kLayerNorm_;
+  static constexpr int kBuffers = kLayerNorm ? 1 : 2;
   // h arrives under so many mbarriers, so that the product starts on the first.
-  constexpr int kGroups = kUnits == kBlockUnits ? 2 : 4;
-  constexpr int kBlockWarps = kUnits / 8, kBlockParts = kUnits / kBlockUnits;
-  constexpr int kGroupSlots = kCluster / kGroups;
-  constexpr int kSectionBytes = kRows * 8 * 2;  // 8 units of one warp: [row][8 units]
-  constexpr int kSlotBytes = kBlockWarps * kSectionBytes;
-  constexpr int kHiddenBytes = kCluster * kSlotBytes;
-  constexpr uint32_t kGroupTraffic = kGroupSlots * kSlotBytes;
-  constexpr uint32_t kStatisticsTraffic = kCluster * kRows * sizeof(float);
-  constexpr int kWarpTargets = kCluster / kBlockWarps;  // blocks to which a warp sends statistics
+  static constexpr int kGroups = kUnits == kBlockUnits ? 2 : 4;
+  static constexpr int kBlockWarps = kUnits / 8, kBlockParts = kUnits / kBlockUnits;
+  static constexpr int kGroupSlots = kCluster / kGroups;
+  static constexpr int kSectionBytes = kRows * 8 * 2;  // 8 units of one warp: [row][8 units]
+  static constexpr int kSlotBytes = kBlockWarps * kSectionBytes;
+  static constexpr int kHiddenBytes = kCluster * kSlotBytes;
+  static constexpr uint32_t kGroupTraffic = kGroupSlots * kSlotBytes;
+  static constexpr uint32_t kStatisticsTraffic = kCluster * kRows * sizeof(float);
+  static constexpr int kWarpTargets = kCluster / kBlockWarps;  // to which a warp sends statistics
   // A part of a block: as many units as the four lanes of a column multiply, 16 bytes each.
-  constexpr int kPartBytes = kSlotBytes / kBlockParts, kParts = kCluster * kBlockParts;
-  constexpr int kRingBytes = kRows * 2 * 8 * 4;  // wx of one warp and step: [row][a, z][8 units]
+  static constexpr int kPartBytes = kSlotBytes / kBlockParts, kParts = kCluster * kBlockParts;
+  static constexpr int kRingBytes = kRows * 2 * 8 * 4;  // wx of one warp and step: [row][a, z][8]
 
-  __shared__ alignas(128) uint8_t hidden[kBuffers][kHiddenBytes];
-  __shared__ alignas(16) float statistics[kCluster][kRows];
-  __shared__ alignas(16) float warp_sums[2][kBlockWarps][kRows];  // two in turn: one barrier a step
-  __shared__ alignas(16) uint8_t ring[kRingSteps][kBlockWarps][kRingBytes];
-  __shared__ alignas(8) uint64_t barriers[kBuffers * kGroups + 1];
-
-  const Recurrence& layer = p.layer;
-  const int hidden_size = static_cast<int>(layer.hidden), steps = static_cast<int>(layer.time);
-  const auto* h0 = static_cast<const float*>(layer.h0);
-  const auto* drop_mask = static_cast<const float*>(layer.drop_mask);
-  const auto* ln_weight = static_cast<const float*>(layer.ln_weight);
-  const auto* ln_bias = static_cast<const float*>(layer.ln_bias);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  const uint32_t rank = cluster_rank();
-  const int row0 = static_cast<int>(blockIdx.x / kCluster) * kRows;
-  const int unit0 = static_cast<int>(rank) * kUnits + warp * 8;  // first unit of the warp
-  const int unit = unit0 + g;                                    // this lane's unit, for row c
-  const bool in_range = unit0 < hidden_size;
-
-  const uint32_t hidden_barrier = shared_address(&barriers[0]);
-  const uint32_t statistics_barrier = shared_address(&barriers[kBuffers * kGroups]);
-  if (threadIdx.x <= kBuffers * kGroups) mbarrier::init(shared_address(&barriers[threadIdx.x]));
-  mbarrier::fence_init();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kGroups; i++)
-      mbarrier::arrive(hidden_barrier + 8 * i);  // h0 needs no message
-    for (int i = kGroups; i < kBuffers * kGroups; i++)
-      mbarrier::expect(hidden_barrier + 8 * i, kGroupTraffic);
-    if (kLayerNorm) mbarrier::expect(statistics_barrier, kStatisticsTraffic);
-  }
-
-  // Slot o of `hidden` belongs to block rank ^ o: senders and receivers use the same slot, and
-  // every block starts with its own. Within a 16-byte row of a section lie 8 units; rows are
-  // permuted so that the four sections of a part are read without bank conflicts.
-  const auto section_row = [](int row, int section) {
+  // Within a 16-byte row of a section lie 8 units; rows are permuted so that the four sections of
+  // a part are read without bank conflicts.
+  static __device__ __forceinline__ int section_row(int row, int section) {
     return section * kSectionBytes + (row ^ (section >> 1)) * 16;
-  };
-  for (int i = threadIdx.x; i < kHiddenBytes / 4; i += kThreads<kUnits>) {
-    const int row = i / (kHiddenBytes / 4 / kRows), pair = i % (kHiddenBytes / 4 / kRows);
-    const int k = 2 * pair, part = k / kBlockUnits, section = k % kBlockUnits / 8;
-    const int column = (rank ^ (k / kUnits)) * kUnits + k % kUnits;
-    float2 value = make_float2(0.f, 0.f);
-    if (h0 != nullptr && column < hidden_size)
-      value = *reinterpret_cast<const float2*>(
-          h0 + int64_t{locate_row(layer, row0 + row).index} * hidden_size + column);
+  }
+};
+
+template <class G>
+struct Shared {
+  // Slot o of `hidden` belongs to block rank ^ o: senders and receivers use the same slot, and
+  // every block starts with its own.
+  alignas(128) uint8_t hidden[G::kBuffers][G::kHiddenBytes];
+  alignas(16) float statistics[G::kCluster][kRows];
+  alignas(16) float warp_sums[2][G::kBlockWarps][kRows];  // two in turn: one barrier a step
+  alignas(16) uint8_t ring[kRingSteps][G::kBlockWarps][G::kRingBytes];
+  alignas(8) uint64_t barriers[Arrivals<G>::kCount];
+};
+
+// h0 as the product's operand.
+template <class T, class G>
+__device__ __forceinline__ void write_initial_hidden(Shared<G>& shared, const Recurrence& layer,
+                                                     const Position& at) {
+  constexpr int kPairs = G::kHiddenBytes / 4 / kRows;  // of units
+  for (int i = threadIdx.x; i < kRows * kPairs; i += kThreads<G::kUnits>) {
+    const int row = i / kPairs, k = i % kPairs * 2;
+    const int part = k / kBlockUnits, section = k % kBlockUnits / 8;
+    const int column = (at.rank ^ (k / G::kUnits)) * G::kUnits + k % G::kUnits;
+    const float2 value = load_initial_pair(layer, locate_row(layer, at.row0 + row), column);
     *reinterpret_cast<uint32_t*>(
-        &hidden[0][part * kPartBytes + section_row(row, section) + k % 8 * 2]) =
+        &shared.hidden[0][part * G::kPartBytes + G::section_row(row, section) + k % 8 * 2]) =
         OperandTraits<T>::pack(value.x, value.y);
   }
-  for (int i = threadIdx.x; i < static_cast<int>(sizeof(ring)) / 4; i += kThreads<kUnits>)
-    reinterpret_cast<uint32_t*>(ring)[i] = 0;  // stays so where units are padding
+}
 
-  // Lane c multiplies units 8c..8c+7 of every part: the order of k is free as long as both operands
-  // agree.
-  uint32_t weights[kParts][2][4];
+// r = Uc h. Lane c multiplies units 8c..8c+7 of every part: the order of k is free as long as both
+// operands agree.
+template <class T, class G>
+struct Product {
+  uint32_t weights[G::kParts][2][4];
+  uint32_t hidden_address;
+  bool reads_hidden;  // columns 2n + 1 of the product are never used
+
+  __device__ __forceinline__ Product(Shared<G>& shared, const Position& at)
+      : hidden_address(shared_address(&shared.hidden[0][0]) + G::section_row(at.g >> 1, at.c)),
+        reads_hidden((at.g & 1) == 0) {}
+
+  __device__ __forceinline__ void load_weights(const PersistentForward& p, const Position& at,
+                                               int unit, bool in_range) {
 #pragma unroll
-  for (int o = 0; o < kParts; o++) {
-    const int column = (rank ^ (o / kBlockParts)) * kUnits + o % kBlockParts * kBlockUnits + 8 * c;
-    uint4 candidate = make_uint4(0, 0, 0, 0), gate = candidate;
-    if (in_range && column < hidden_size) {
-      const T* u = static_cast<const T*>(p.u) + int64_t{unit} * hidden_size + column;
-      candidate = *reinterpret_cast<const uint4*>(u);
-      gate = *reinterpret_cast<const uint4*>(u + int64_t{hidden_size} * hidden_size);
+    for (int o = 0; o < G::kParts; o++) {
+      const int column = (at.rank ^ (o / G::kBlockParts)) * G::kUnits +
+                         o % G::kBlockParts * kBlockUnits + 8 * at.c;
+      uint4 candidate = make_uint4(0, 0, 0, 0), gate = candidate;
+      if (in_range && column < at.hidden_size) {
+        const T* u = static_cast<const T*>(p.u) + int64_t{unit} * at.hidden_size + column;
+        candidate = *reinterpret_cast<const uint4*>(u);
+        gate = *reinterpret_cast<const uint4*>(u + int64_t{at.hidden_size} * at.hidden_size);
+      }
+      weights[o][0][0] = candidate.x, weights[o][0][1] = gate.x;
+      weights[o][0][2] = candidate.y, weights[o][0][3] = gate.y;
+      weights[o][1][0] = candidate.z, weights[o][1][1] = gate.z;
+      weights[o][1][2] = candidate.w, weights[o][1][3] = gate.w;
     }
-    weights[o][0][0] = candidate.x, weights[o][0][1] = gate.x;
-    weights[o][0][2] = candidate.y, weights[o][0][3] = gate.y;
-    weights[o][1][0] = candidate.z, weights[o][1][1] = gate.z;
-    weights[o][1][2] = candidate.w, weights[o][1][3] = gate.w;
   }
 
-  const Row row = locate_row(layer, row0 + c);
-  const bool stored = row.valid && in_range;
-  float h = 0.f, mask = 1.f, gamma_a = 1.f, gamma_z = 1.f, beta_a = 0.f, beta_z = 0.f;
-  if (in_range) {
-    if (h0 != nullptr) h = h0[int64_t{row.index} * hidden_size + unit];
-    if (drop_mask != nullptr) mask = drop_mask[int64_t{row.index} * hidden_size + unit];
-    if (kLayerNorm && ln_weight != nullptr)
-      gamma_a = ln_weight[unit], gamma_z = ln_weight[hidden_size + unit];
-    if (kLayerNorm && ln_bias != nullptr)
-      beta_a = ln_bias[unit], beta_z = ln_bias[hidden_size + unit];
-  }
-
-  // After transpose() lane (g, c) holds units 2c, 2c + 1 of column g, row g / 2; its twin lane (g ^
-  // 1, c) holds the same and serves the other half of the blocks.
-  uint32_t target[kCluster / 2], target_barrier[kCluster / 2];
-  const int part = kBlockParts == 1 ? 0 : warp / kWarps;  // of the own slot
-#pragma unroll
-  for (int i = 0; i < kCluster / 2; i++) {
-    const uint32_t slot = 2 * i + (g & 1);
-    target[i] = remote_address(
-        shared_address(&hidden[0][slot * kSlotBytes + part * kPartBytes +
-                                  section_row(g >> 1, warp - kWarps * part) + c * 4]),
-        rank ^ slot);
-    target_barrier[i] = remote_address(hidden_barrier + 8 * (slot / kGroupSlots), rank ^ slot);
-  }
-  const uint32_t sum_rank = warp * kWarpTargets + (lane / kRows) % kWarpTargets;
-  const uint32_t sum_target =
-      remote_address(shared_address(&statistics[rank][lane % kRows]), sum_rank);
-  const uint32_t sum_barrier = remote_address(statistics_barrier, sum_rank);
-
-  // wx: each of the first lanes copies one 16-byte piece a step.
-  const Sequence wx = wx_sequence(layer);
-  const int wx_bytes = wx.bytes(), pieces = wx_bytes / 2;  // pieces of 8 units
-  const bool copies = in_range && lane < 2 * kRows * pieces;
-  const Row copy_row = locate_row(layer, row0 + (lane / (2 * pieces)) % kRows);
-  const char* source =
-      wx.at(layer, copy_row, 0, lane / pieces % 2 * hidden_size + unit0) + lane % pieces * 16;
-  int64_t source_step = wx.step_bytes(copy_row);
-  uint32_t copy_target = shared_address(&ring[0][warp][lane * 16 % kRingBytes]);
-  uint32_t wx_address = shared_address(&ring[0][warp][0]) + (c * 16 + g) * wx_bytes;
-  const auto fetch = [&](int n) {
-    if (n < steps && copies) copy_async_16(copy_target + n % kRingSteps * sizeof(ring[0]), source);
-    source += source_step;
-    copy_async_commit();
-  };
-  __syncthreads();  // the ring is zero before copies land in it
-#pragma unroll
-  for (int n = 0; n < kRingSteps - 1; n++) fetch(n);
-
-  const Sequence outputs = h_sequence(layer, p.h);
-  char* output = const_cast<char*>(outputs.at(layer, row, 0, row.direction * hidden_size + unit));
-  int64_t output_step = outputs.step_bytes(row);
-  const bool wx_float = wx.is_float(), h_float = outputs.is_float();
-  const bool stores_rho = kLayerNorm && rank == 0 && warp == 0 && g == 0 && row.valid;
-  float* rho_output =
-      stores_rho ? p.rho + int64_t{row.index} * steps + layer.time_of(row.index, 0) : nullptr;
-  const int rho_step = row.direction ? -1 : 1;
-  uint32_t hidden_address = shared_address(&hidden[0][0]) + section_row(g >> 1, c);
-  const bool reads_hidden = (g & 1) == 0;  // columns 2n + 1 of the product are never used
-  float inverse_size = 1.f / static_cast<float>(2 * hidden_size);
-  float eps = static_cast<float>(layer.eps);
-  const Activation activation = layer.activation;
-  uint32_t sum_store = shared_address(&warp_sums[0][warp][c]);
-  uint32_t sum_load = shared_address(&warp_sums[0][0][lane % kRows]);
-  uint32_t statistics_load = shared_address(&statistics[g & 1][c]);
-  pin(hidden_address);
-  pin(copy_target), pin(wx_address), pin(sum_store), pin(sum_load), pin(statistics_load);
-  pin(source_step), pin(output_step), pin(inverse_size), pin(eps);
-  cluster_barrier();
-
-#pragma unroll 1
-  for (int t = 0; t < steps; t++) {
-    const uint32_t buffer = t % kBuffers, parity = t / kBuffers & 1;
+  // Waits for h group by group.
+  __device__ __forceinline__ GatePair compute(const Arrivals<G>& arrivals, int t) const {
+    const uint32_t buffer = t % G::kBuffers;
     float sums[4][4] = {};
 #pragma unroll
-    for (int n = 0; n < kGroups; n++) {
-      const uint32_t barrier = hidden_barrier + 8 * (buffer * kGroups + n);
-      mbarrier::wait(barrier, parity);
-      if (threadIdx.x == 0) mbarrier::expect(barrier, kGroupTraffic);
-      constexpr int kGroupParts = kParts / kGroups;
+    for (int n = 0; n < G::kGroups; n++) {
+      arrivals.wait_for_hidden(t, n);
+      constexpr int kGroupParts = G::kParts / G::kGroups;
       uint4 operand[kGroupParts];
 #pragma unroll
       for (int i = 0; i < kGroupParts; i++)
-        load_uint4_if(operand[i],
-                      hidden_address + buffer * kHiddenBytes + (n * kGroupParts + i) * kPartBytes,
-                      reads_hidden);
+        load_uint4_if(
+            operand[i],
+            hidden_address + buffer * G::kHiddenBytes + (n * kGroupParts + i) * G::kPartBytes,
+            reads_hidden);
 #pragma unroll
       for (int i = 0; i < kGroupParts; i++) {
         const int o = n * kGroupParts + i;
@@ -203,86 +126,201 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
         multiply<T>(sums[(2 * o + 1) % 4], weights[o][1], operand[i].z, operand[i].w);
       }
     }
-    float r_a = (sums[0][0] + sums[1][0]) + (sums[2][0] + sums[3][0]);
-    float r_z = (sums[0][2] + sums[1][2]) + (sums[2][2] + sums[3][2]);
+    return {(sums[0][0] + sums[1][0]) + (sums[2][0] + sums[3][0]),
+            (sums[0][2] + sums[1][2]) + (sums[2][2] + sums[3][2])};
+  }
+};
 
-    if constexpr (kLayerNorm) {
-      float square = fmaf(r_a, r_a, r_z * r_z);
+// The sum of r^2 over all units: over the lanes and warps of the block, then, after hop 1, over the
+// blocks.
+template <class G>
+struct Statistics {
+  uint32_t sum_store, sum_load;      // in warp_sums
+  uint32_t sum_target, sum_barrier;  // in the block to which the lane sends
+  uint32_t statistics_load;
+
+  __device__ __forceinline__ Statistics(Shared<G>& shared, const Arrivals<G>& arrivals,
+                                        const Position& at) {
+    const uint32_t receiver = at.warp * G::kWarpTargets + (at.lane / kRows) % G::kWarpTargets;
+    sum_target =
+        remote_address(shared_address(&shared.statistics[at.rank][at.lane % kRows]), receiver);
+    sum_barrier = remote_address(arrivals.statistics, receiver);
+    sum_store = shared_address(&shared.warp_sums[0][at.warp][at.c]);
+    sum_load = shared_address(&shared.warp_sums[0][0][at.lane % kRows]);
+    statistics_load = shared_address(&shared.statistics[at.g & 1][at.c]);
+  }
+
+  __device__ __forceinline__ void send_squares(const GatePair& r, const Position& at, int t) const {
+    float square = fmaf(r.a, r.a, r.z * r.z);
 #pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2) square = add_lane_xor(square, offset);
-      const uint32_t turn = t % 2 * sizeof(warp_sums[0]);
-      if (g == 0) store_float(sum_store + turn, square);
-      __syncthreads();
-      if (lane < kWarpTargets * kRows) {
-        constexpr int kStride = sizeof(warp_sums[0][0]);
-        const uint32_t from = sum_load + turn;
-        const auto sum_of_4 = [&](uint32_t from) {
-          return (load_float(from) + load_float(from + kStride)) +
-                 (load_float(from + 2 * kStride) + load_float(from + 3 * kStride));
-        };
-        float sum = sum_of_4(from);
-        if constexpr (kBlockWarps == 8) sum += sum_of_4(from + 4 * kStride);
-        send(sum_target, sum_barrier, __float_as_uint(sum));
-      }
+    for (int offset = 4; offset < 32; offset *= 2) square = add_lane_xor(square, offset);
+    const uint32_t turn = t % 2 * sizeof(Shared<G>::warp_sums[0]);
+    if (at.g == 0) store_float(sum_store + turn, square);
+    __syncthreads();
+    if (at.lane < G::kWarpTargets * kRows) {
+      constexpr int kStride = sizeof(Shared<G>::warp_sums[0][0]);
+      const uint32_t from = sum_load + turn;
+      const auto sum_of_4 = [&](uint32_t from) {
+        return (load_float(from) + load_float(from + kStride)) +
+               (load_float(from + 2 * kStride) + load_float(from + 3 * kStride));
+      };
+      float sum = sum_of_4(from);
+      if constexpr (G::kBlockWarps == 8) sum += sum_of_4(from + 4 * kStride);
+      send(sum_target, sum_barrier, __float_as_uint(sum));
     }
+  }
+
+  __device__ __forceinline__ float receive_sum(const Arrivals<G>& arrivals, int t) const {
+    arrivals.wait_for_statistics(t);
+    float even = 0.f, odd = 0.f;  // two lanes, g and g ^ 1, share the sum over the blocks
+#pragma unroll
+    for (int i = 0; i < G::kCluster / 2; i++)
+      (i % 2 ? odd : even) +=
+          load_float(statistics_load + i * 2 * sizeof(Shared<G>::statistics[0]));
+    return add_lane_xor(even + odd, 4);
+  }
+};
+
+// wx: each of a warp's first lanes copies one 16-byte piece a step, for its own warp.
+template <class T, class G>
+struct Input {
+  InputStream<kRingSteps, sizeof(Shared<G>::ring[0])> stream;
+  uint32_t load_address;
+  bool is_float;
+
+  __device__ __forceinline__ Input(Shared<G>& shared, const Recurrence& layer, const Position& at,
+                                   int unit0, bool in_range) {
+    const Sequence wx = wx_sequence(layer);
+    const int lane = at.lane;
+    const int wx_bytes = wx.bytes(), pieces = wx_bytes / 2;  // pieces of 8 units
+    const Row row = locate_row(layer, at.row0 + (lane / (2 * pieces)) % kRows);
+    stream.steps = at.steps;
+    stream.copies = in_range && lane < 2 * kRows * pieces;
+    stream.source =
+        wx.at(layer, row, 0, lane / pieces % 2 * at.hidden_size + unit0) + lane % pieces * 16;
+    stream.source_step = wx.step_bytes(row);
+    stream.target = shared_address(&shared.ring[0][at.warp][lane * 16 % G::kRingBytes]);
+    load_address = shared_address(&shared.ring[0][at.warp][0]) + (at.c * 16 + at.g) * wx_bytes;
+    is_float = wx.is_float();
+  }
+
+  __device__ __forceinline__ GatePair load(int t) const {
+    const uint32_t now = load_address + t % kRingSteps * sizeof(Shared<G>::ring[0]);
+    if (is_float) {
+      const float a = load_float(now);
+      return {a, load_float(now + 32)};
+    } else {
+      const float a = load_operand<T>(now);
+      return {a, load_operand<T>(now + 16)};
+    }
+  }
+};
+
+// h in the operand type to all blocks, hop 2. After transpose() lane (g, c) holds units 2c, 2c + 1
+// of column g, row g / 2; its twin lane (g ^ 1, c) holds the same and serves the other half of the
+// blocks.
+template <class T, class G>
+struct HiddenSender {
+  uint32_t target[G::kCluster / 2], target_barrier[G::kCluster / 2];
+
+  __device__ __forceinline__ HiddenSender(Shared<G>& shared, const Arrivals<G>& arrivals,
+                                          const Position& at) {
+    const int part = G::kBlockParts == 1 ? 0 : at.warp / kWarps;  // of the own slot
+#pragma unroll
+    for (int i = 0; i < G::kCluster / 2; i++) {
+      const uint32_t slot = 2 * i + (at.g & 1);
+      target[i] = remote_address(
+          shared_address(
+              &shared.hidden[0][slot * G::kSlotBytes + part * G::kPartBytes +
+                                G::section_row(at.g >> 1, at.warp - kWarps * part) + at.c * 4]),
+          at.rank ^ slot);
+      target_barrier[i] =
+          remote_address(arrivals.hidden + 8 * (slot / G::kGroupSlots), at.rank ^ slot);
+    }
+  }
+
+  // h_t
+  __device__ __forceinline__ void send_hidden(float h, int t) const {
+    const uint32_t words = transpose(OperandTraits<T>::pack(h, h));
+    const uint32_t buffer = t % G::kBuffers;
+#pragma unroll
+    for (int i = 0; i < G::kCluster / 2; i++)
+      send(target[i] + buffer * G::kHiddenBytes, target_barrier[i] + buffer * G::kGroups * 8,
+           words);
+  }
+};
+
+template <class T, int kCluster, int kUnits, bool kLayerNorm>
+__global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
+    forward_narrow_kernel(const __grid_constant__ PersistentForward p) {
+#if SB_FAST_SLIGRU_HAS_CLUSTERS
+  using G = Geometry<kCluster, kUnits, kLayerNorm>;
+  __shared__ Shared<G> shared;
+  const Recurrence& layer = p.layer;
+  const Position at = locate_thread<kCluster, kUnits>(layer, kRows);
+  const int unit0 = at.block_unit0 + at.warp * 8;  // first unit of the warp
+  const int unit = unit0 + at.g;                   // this lane's unit, for row c
+  const bool in_range = unit0 < at.hidden_size;
+
+  const Arrivals<G> arrivals(shared.barriers);
+  write_initial_hidden<T>(shared, layer, at);
+  fill_with_zeros<kThreads<kUnits>>(shared.ring);  // stays so where units are padding
+  Product<T, G> product(shared, at);
+  product.load_weights(p, at, unit, in_range);
+  const Row row = locate_row(layer, at.row0 + at.c);
+  UnitState state;
+  UnitParameters parameters;
+  if (in_range) {
+    state.load(layer, row, unit);
+    if (kLayerNorm) parameters.load(layer, unit);
+  }
+  const HiddenSender<T, G> sender(shared, arrivals, at);
+  Statistics<G> statistics(shared, arrivals, at);
+  Input<T, G> wx(shared, layer, at, unit0, in_range);
+  __syncthreads();  // the ring is zero before copies land in it
+#pragma unroll
+  for (int n = 0; n < kRingSteps - 1; n++) wx.stream.fetch_group(n);
+  HiddenOutput output(p, row, unit, in_range);
+  RhoOutput rho_output(p, row, kLayerNorm && at.rank == 0 && at.warp == 0 && at.g == 0);
+  RootMeanSquare mean(layer);
+  const Activation activation = layer.activation;
+  pin(product.hidden_address);
+  pin(wx.stream.target), pin(wx.load_address);
+  pin(statistics.sum_store), pin(statistics.sum_load), pin(statistics.statistics_load);
+  pin(wx.stream.source_step), pin(output.target_step), pin(mean.inverse_size), pin(mean.eps);
+  cluster_barrier();
+
+#pragma unroll 1
+  for (int t = 0; t < at.steps; t++) {
+    GatePair r = product.compute(arrivals, t);
+    if constexpr (kLayerNorm) statistics.send_squares(r, at, t);
 
     // In the shadow of hop 1: this step's wx, and the copy for a later one, whose place in the ring
     // the warp has read in the step before.
     copy_async_wait<kRingSteps - 2>();
     __syncwarp();
-    fetch(t + kRingSteps - 1);
-    const uint32_t wx_now = wx_address + t % kRingSteps * sizeof(ring[0]);
-    float wx_a, wx_z;
-    if (wx_float) {
-      wx_a = load_float(wx_now);
-      wx_z = load_float(wx_now + 32);
-    } else {
-      wx_a = load_operand<T>(wx_now);
-      wx_z = load_operand<T>(wx_now + 16);
-    }
+    wx.stream.fetch_group(t + kRingSteps - 1);
+    GatePair wx_t = wx.load(t);
     float rho = 1.f;
     if constexpr (kLayerNorm) {
-      wx_a += beta_a, wx_z += beta_z;
-      r_a *= gamma_a, r_z *= gamma_z;
-      mbarrier::wait(statistics_barrier, t & 1);
-      if (threadIdx.x == 0) mbarrier::expect(statistics_barrier, kStatisticsTraffic);
-      float even = 0.f, odd = 0.f;  // two lanes, g and g ^ 1, share the sum over the blocks
-#pragma unroll
-      for (int i = 0; i < kCluster / 2; i++)
-        (i % 2 ? odd : even) += load_float(statistics_load + i * 2 * sizeof(statistics[0]));
-      rho = reciprocal_sqrt(fmaf(add_lane_xor(even + odd, 4), inverse_size, eps));
+      scale_and_shift(parameters, wx_t, r);
+      rho = mean.rho(statistics.receive_sum(arrivals, t));
     }
-    const float z = fast_sigmoid(fmaf(r_z, rho, wx_z));
-    const float candidate = fast_activate(activation, fmaf(r_a, rho, wx_a)) * mask;
-    h = next_hidden(h, z, candidate);
+    update(state, activation, wx_t, r, rho);
 
-    const uint32_t words = transpose(OperandTraits<T>::pack(h, h));
-    const uint32_t next = (t + 1) % kBuffers;
-#pragma unroll
-    for (int i = 0; i < kCluster / 2; i++)
-      send(target[i] + next * kHiddenBytes, target_barrier[i] + next * kGroups * 8, words);
-    if (stored) {
-      if (h_float)
-        *reinterpret_cast<float*>(output) = h;
-      else
-        *reinterpret_cast<uint16_t*>(output) = to_bits<T>(h);
-    }
-    output += output_step;
-    if (stores_rho) {
-      *rho_output = rho;
-      rho_output += rho_step;
-    }
+    sender.send_hidden(state.h, t + 1);
+    output.store<T>(state.h);
+    rho_output.store(rho);
   }
-  for (int n = 0; n < kGroups; n++)
-    mbarrier::wait(hidden_barrier + 8 * (steps % kBuffers * kGroups + n), steps / kBuffers & 1);
+  arrivals.wait_for_last_hidden(at.steps);
   cluster_barrier();
 #endif
 }
 
 template <class T, int kCluster, int kUnits>
 cudaError_t launch(const PersistentForward& p, cudaStream_t stream) {
-  const auto kernel = p.layer.layer_norm ? forward_kernel<T, kCluster, kUnits, true>
-                                         : forward_kernel<T, kCluster, kUnits, false>;
+  const auto kernel = p.layer.layer_norm ? forward_narrow_kernel<T, kCluster, kUnits, true>
+                                         : forward_narrow_kernel<T, kCluster, kUnits, false>;
   const ClusterKernel<PersistentForward> in_clusters = {kernel, kCluster, kThreads<kUnits>};
   return in_clusters.run(p.choice.clusters(p.layer.rows()), p, stream);
 }
@@ -295,8 +333,10 @@ cudaError_t launch(const PersistentForward& p, cudaStream_t stream) {
       return launch<T, 4, kBlockUnits>(p, stream);
     case 8:
       return launch<T, 8, kBlockUnits>(p, stream);
-    default:
+    case 16:
       return launch<T, 16, kBlockUnits>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
