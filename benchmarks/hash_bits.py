@@ -33,7 +33,7 @@ SIZES = [
     (264, [(17, True)]),
     (512, [(5, False), (16, False), (23, True)]),
     (1016, [(9, False), (43, True)]),
-    (1024, [(1, False), (24, True)]),
+    (1024, [(1, False), (24, True), (120, True)]),
 ]
 DTYPES = {
     "cpu": [torch.float64, torch.float32, torch.bfloat16, torch.float16],

@@ -223,14 +223,16 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   const Product<T> product(shared, p.u, at, unit);
 
   UnitState state[kManyTiles][2];
-  UnitParameters parameters;
-  if (in_range) {
 #pragma unroll
-    for (int j = 0; j < kManyTiles; j++)
+  for (int j = 0; j < kManyTiles; j++) {
 #pragma unroll
-      for (int i = 0; i < 2; i++) state[j][i].load(layer, rows.locate(8 * j + 2 * at.c + i), unit);
-    if (kLayerNorm) parameters.load(layer, unit);
+    for (int i = 0; i < 2; i++) {
+      state[j][i] = UnitState{};  // nvcc 13.0 gives state[0] alone its default values
+      if (in_range) state[j][i].load(layer, rows.locate(8 * j + 2 * at.c + i), unit);
+    }
   }
+  UnitParameters parameters;
+  if (kLayerNorm && in_range) parameters.load(layer, unit);
 
   const Sequence wx_all = wx_sequence(layer), outputs = h_sequence(layer, p.h);
   const bool h_float = outputs.is_float();
