@@ -2,14 +2,15 @@
 // random inputs. The figures of benchmarks/NOTEBOOK.md.
 //
 //   make build/bench_step
-//   build/bench_step
+//   build/bench_step [PART]
 //
-// `./bench_step small [PART]` launches the kernels once on small inputs (PART of a space and the
-// printed line, such as "float32, H = 512" or " Li-GRU", chooses) and prints a checksum of what it
-// computed: for compute-sanitizer, under which it must be the same (`make sanitize`). racecheck
-// slows some warps down by far, and so shows races between the blocks of a cluster, which it does
-// not see itself. Without torch, since the tools do not see all stores of cuBLAS, and racecheck
-// ends at some of its kernels; its products are random numbers here.
+// PART of a space and a case's label, such as "float32, H = 512" or " Li-GRU", chooses cases.
+//
+// `build/bench_step small [PART]` launches the kernels once on small inputs and prints a checksum
+// of what they computed: for compute-sanitizer, under which it must be the same (`make sanitize`).
+// racecheck slows some warps down by far, and so shows races between the blocks of a cluster, which
+// it does not see itself. Without torch, since the tools do not see all stores of cuBLAS, and
+// racecheck ends at some of its kernels; its products are random numbers here.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -281,9 +282,14 @@ std::vector<Case> small_cases() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc > 1 && std::strcmp(argv[1], "small") == 0) {
-    for (const Case& c : small_cases())
-      if (argc < 3 || (" " + label(c)).find(argv[2]) != std::string::npos) run(c, true);
+  const bool small = argc > 1 && std::strcmp(argv[1], "small") == 0;
+  const char* part = argc > 1 + small ? argv[1 + small] : "";
+  const auto run_chosen = [&](const std::vector<Case>& cases) {
+    for (const Case& c : cases)
+      if ((" " + label(c)).find(part) != std::string::npos) run(c, small);
+  };
+  if (small) {
+    run_chosen(small_cases());
     return 0;
   }
   cudaDeviceProp device = {};
@@ -291,6 +297,6 @@ int main(int argc, char** argv) {
   std::printf("%s; us a step, launch included\n", device.name);
   std::printf("%-26s %4s %5s %5s %5s  %7s %7s  %7s %7s %7s\n", "", "rows", "H", "T", "chunk",
               "forward", "backward", "gather", "prepare", "finish  kernels");
-  for (const Case& c : kTimed) run(c, false);
+  run_chosen(kTimed);
   return 0;
 }

@@ -20,6 +20,24 @@ __device__ __forceinline__ float load_operand(uint32_t address) {
   return OperandTraits<T>::to_float(x);
 }
 
+// A float, or an operand, without a branch between the two.
+template <class T>
+__device__ __forceinline__ float load_either(uint32_t address, bool is_float) {
+  float wide;
+  uint16_t narrow;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.s32 p, %3, 0;\n"
+      "@p ld.shared.f32 %0, [%2];\n"
+      "@!p ld.shared.u16 %1, [%2];\n"
+      "}"
+      : "=f"(wide), "=h"(narrow)
+      : "r"(address), "r"(static_cast<int>(is_float))
+      : "memory");
+  return is_float ? wide : OperandTraits<T>::to_float(narrow);
+}
+
 __device__ __forceinline__ uint2 load_uint2(uint32_t address) {
   uint2 x;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");

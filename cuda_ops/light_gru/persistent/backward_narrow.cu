@@ -126,8 +126,7 @@ struct Streams {
 #pragma unroll
     for (int i = 0; i < kStreams; i++)
       x.coefficients[i] = load_operand<T>(coefficient_address + offset + i * kStreamBytes);
-    x.grad_h =
-        grad_float ? load_float(grad_address + offset) : load_operand<T>(grad_address + offset);
+    x.grad_h = load_either<T>(grad_address + offset, grad_float);
     if (kLayerNorm) x.rho = load_float(rho_address + offset);
     return x;
   }
@@ -355,10 +354,10 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
   typename Streams<Shape>::Input next = streams.load(0);
 
   const Row row = locate_row(p.layer, at.row0 + at.row);
-  const bool stored = row.valid && at.in_range;
   float* const state = p.carry + int64_t{row.index} * hidden_size + at.unit;
   float carry = at.in_range ? *state : 0.f;
   int row_step = (row.index + 1) * count - 1;
+  DwxOutput<uint16_t, Shape::kHidden> output(p, row, at.unit, at.in_range);
   const bool stores_m2 =
       kLayerNorm && at.rank == 0 && at.warp == 0 && at.c == 0 && at.g % 2 == 0 && row.valid;
   cluster_barrier();
@@ -388,9 +387,7 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
     if constexpr (kLayerNorm && kBlockParts == 1) m2_sum.send(turn);
     partial_carries.send(turn, sums, kTargets / 2, kTargets);
 
-    if (stored)
-      write_dwx<Shape::kHidden>(static_cast<uint16_t*>(p.dwx_rows), row_step, at.unit, dwx_a,
-                                dwx_z);
+    output.store(dwx_a, dwx_z);
     streams.fetch(k + kRingSteps - 1);
     next = streams.load(k + 1);
 
@@ -403,7 +400,7 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
     row_step--;
     carry = add_scaled(own, now.rho, partial_carries.receive(turn));
   }
-  if (stored) *state = carry;
+  if (output.stored) *state = carry;
   cluster_barrier();
 #endif
 }

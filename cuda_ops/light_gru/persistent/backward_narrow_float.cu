@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   auto next = streams.load(0);
 
   const Row row = locate_row(p.layer, at.row0 + at.row);
-  const bool stored = at.owns && row.valid && at.in_use && at.in_range;
+  DwxOutput<float, kHidden> output(p, row, at.unit, at.owns && at.in_use && at.in_range);
 
   float carry = at.in_range ? p.carry[int64_t{row.index} * hidden_size + at.unit] : 0.f;
   const int row_last = (row.index + 1) * count - 1;
@@ -459,9 +459,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
         }
       }
     }
-    const int row_step = row_last - k;
-    if (stored)
-      write_dwx<kHidden>(static_cast<float*>(p.dwx_rows), row_step, at.unit, dwx_a, dwx_z);
+    output.store(dwx_a, dwx_z);
     streams.fetch(k + kRingSteps - 1);
     streams.wait();
     if (at.owns) {
@@ -470,12 +468,12 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       if constexpr (kLayerNorm) {
         const float m2 = m2_sum.receive(turn);
         own = add_scaled(own, -now.rho * m2, now.v());
-        if (stores_m2) p.m2[row_step] = m2;
+        if (stores_m2) p.m2[row_last - k] = m2;
       }
       carry = add_scaled(own, now.rho, partial_carries.receive(turn));
     }
   }
-  if (stored) p.carry[int64_t{row.index} * hidden_size + at.unit] = carry;
+  if (output.stored) p.carry[int64_t{row.index} * hidden_size + at.unit] = carry;
   cluster_barrier();
 #endif
 }

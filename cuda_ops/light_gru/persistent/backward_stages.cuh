@@ -109,13 +109,26 @@ struct StepInput {
 };
 
 // ---- dwx
-// Stores dwx of a unit and step for the pass that follows. kHidden: padded.
-template <int kHidden, class T>
-__device__ __forceinline__ void write_dwx(T* rows, int row_step, int unit, T dwx_a, T dwx_z) {
-  T* output = rows + int64_t{row_step} * 2 * kHidden + unit;
-  output[0] = dwx_a;
-  output[kHidden] = dwx_z;
-}
+// dwx of a lane's unit and row, stored from the chunk's last step to its first. kHidden: padded.
+template <class T, int kHidden>
+struct DwxOutput {
+  T* target;  // of the next step
+  bool stored;
+
+  __device__ __forceinline__ DwxOutput(const PersistentBackward& p, const Row& row, int unit,
+                                       bool in_range)
+      : stored(row.valid && in_range) {
+    const int64_t row_last = int64_t{row.index + 1} * static_cast<int>(p.count) - 1;
+    target = static_cast<T*>(p.dwx_rows) + row_last * 2 * kHidden + unit;
+  }
+  __device__ __forceinline__ void store(T a, T z) {
+    if (stored) {
+      target[0] = a;
+      target[kHidden] = z;
+    }
+    target -= 2 * kHidden;
+  }
+};
 
 // ---- messages
 // Two buffers in turn: which of them step k uses, and the parity of that use.
