@@ -100,7 +100,7 @@ def test_figures_of_the_prose():
     results, plain, _ = bench_report.read_front_page_results()
     demo = json.loads((RESULTS / "demo-epoch-time.json").read_text(encoding="utf-8"))
     wer = (RESULTS / "recipes-wer.md").read_text(encoding="utf-8")
-    sentences = load(ROOT / "recipes/LibriSpeech/sentences.py")
+    sentences = load(ROOT / "recipes/LibriSpeech/sligru_recipes/corpora/sentences.py")
     words = {word for slot in sentences.SLOTS for entry in slot for word in entry.split()}
     errors = {
         row["contender"]: row["errors"]

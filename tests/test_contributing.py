@@ -1,0 +1,78 @@
+"""What CONTRIBUTING.md and cuda_ops/README.md say of folders, files, tests and kernels is so."""
+
+import re
+import subprocess
+
+import pytest
+import torch
+from helpers import ROOT
+
+from sb_fast_sligru import ops
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def picture():
+    """The paths that the picture of folders shows, relative to the repository."""
+    lines = re.search(r"<!-- folders: begin -->\n```\n(.*?)```", CONTRIBUTING, re.DOTALL)[1]
+    paths, parents = [], []
+    for line in lines.splitlines():
+        names = re.match(r" *((?:[\w.*/-]+(?:, )?)+)", line)[1]
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in names.split(", "):
+            del parents[depth:]
+            paths.append("".join(parents) + name)
+        if names.endswith("/"):
+            parents.append(names)
+    return paths
+
+
+PATHS = picture()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_the_picture_shows_is_there(path):
+    assert list(ROOT.glob(path.rstrip("/")))
+
+
+def test_the_picture_shows_every_folder():
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    folders = {path[: path.rindex("/") + 1] for path in tracked if "/" in path}
+    assert folders - set(PATHS) == set()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", CONTRIBUTING))))
+def test_named_tests_exist(name):
+    text = (ROOT / "tests/ops/test_light_gru.py").read_text(encoding="utf-8")
+    assert f"def {name}(" in text
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([\w-]+(?:/[\w.-]+)+)`", CONTRIBUTING))))
+def test_named_paths_exist(name):
+    if not re.search("NAME", name):  # what a reader would add
+        assert any(
+            (ROOT / top / name).exists()
+            for top in ("", "sb_fast_sligru", "cuda_ops", "cuda_ops/light_gru")
+        )
+
+
+def test_the_table_of_kernels_is_that_of_the_library():
+    """Each line is taken by a layer of its largest H, with so few rows or so many that it is."""
+    readme = (ROOT / "cuda_ops/README.md").read_text(encoding="utf-8")
+    lines = re.findall(
+        r"^\| `(\w+)` \| (16-bit|float32) \| to (\d+) \| (\d+) \| (\d+) \| (\d+) \|", readme, re.M
+    )
+    said = {(name, kind, *map(int, numbers)) for name, kind, *numbers in lines}
+    gpu = ops.Gpu(90, True, True, 227 * 1024, 32, 15, 7)
+    taken = set()
+    for kind, dtype in (("16-bit", torch.bfloat16), ("float32", torch.float32)):
+        for hidden in (128, 256, 512, 1024):
+            for rows in (28, 128, 280):  # that fill clusters
+                choice = ops.choose_kernel(gpu, hidden, rows, dtype, "forward")
+                taken.add((choice.kernel, kind, hidden, *choice[1:4]))
+    most = {}
+    for *key, rows in taken:
+        most[tuple(key)] = max(rows, most.get(tuple(key), 0))
+    assert said == {(*key, rows) for key, rows in most.items()}
