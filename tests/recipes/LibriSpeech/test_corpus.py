@@ -27,6 +27,7 @@ from sligru_recipes.corpora.embedded import (
     draw_sentences,
     make_corpus,
     plan_speakers,
+    speak_known_speakers,
     splits_for_hours,
 )
 from sligru_recipes.corpora.librispeech import prepare_librispeech
@@ -236,6 +237,27 @@ def test_other_settings_or_a_foreign_folder_are_refused(corpus, tmp_path):
     with pytest.raises(ValueError, match="is not empty and was not written by this script"):
         make_corpus(tmp_path, SPLITS)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_known_speakers_say_new_sentences(corpus, tmp_path):
+    speak_known_speakers(tmp_path, corpus, "test-other", 3)
+
+    def said(split):
+        return [line.split(" ", 1)[1] for path in split.rglob("*.txt") for line in path.open()]
+
+    speakers = {path.name for path in (tmp_path / "test-other").iterdir()}
+    assert speakers == {path.name for path in (corpus / "train-clean-100").iterdir()}
+    assert len(utterances(tmp_path)) == len(set(said(tmp_path))) == 6
+    assert not set(said(tmp_path)) & {text for split in SPLITS for text in said(corpus / split)}
+
+
+def test_known_speakers_of_a_corpus_by_another_engine_are_refused(tmp_path):
+    settings = {"generator": embedded.GENERATOR_VERSION, "espeakng_loader": "0.0"}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="espeakng_loader 0.0, here"):
+        speak_known_speakers(tmp_path / "known", tmp_path, "test-other", 1)
+    with pytest.raises(ValueError, match="no settings.json"):
+        speak_known_speakers(tmp_path / "known", tmp_path / "none", "test-other", 1)
 
 
 def test_missing_engine_names_what_to_install(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import random
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -371,11 +371,7 @@ def make_corpus(folder, splits=None, seed=0, workers=None, vocabulary="small"):
     >>> make_corpus("corpus", {"train-clean-100": (2, 3)})  # doctest: +SKIP
     {'train-clean-100': 20.5}
     """
-    if importlib.util.find_spec("espeakng_loader") is None:
-        raise ModuleNotFoundError(
-            "the corpus generator needs espeakng-loader (a GPL speech synthesiser): "
-            "pip install espeakng-loader, or the package's extra [corpus]"
-        )
+    engine = _engine_version()
     splits = splits or DEFAULT_SPLITS[vocabulary]
     for split, sizes in splits.items():
         if min(sizes) < 1:
@@ -386,12 +382,32 @@ def make_corpus(folder, splits=None, seed=0, workers=None, vocabulary="small"):
         folder,
         {
             "generator": GENERATOR_VERSION,
-            "espeakng_loader": importlib.metadata.version("espeakng-loader"),
+            "espeakng_loader": engine,
             "seed": seed,
             "vocabulary": vocabulary,
             "splits": {split: list(sizes) for split, sizes in splits.items()},
         },
     )
+    seconds, missing = _speak_missing(folder, speakers, seed, workers)
+    if missing or not (folder / "SPEAKERS.TXT").is_file():
+        _write_atomically(folder / "SPEAKERS.TXT", _speaker_table(seconds))
+    return {
+        split: sum(seconds[speaker] for speaker in speakers if speaker.split == split)
+        for split in splits
+    }
+
+
+def _engine_version():
+    if importlib.util.find_spec("espeakng_loader") is None:
+        raise ModuleNotFoundError(
+            "the corpus generator needs espeakng-loader (a GPL speech synthesiser): "
+            "pip install espeakng-loader, or the package's extra [corpus]"
+        )
+    return importlib.metadata.version("espeakng-loader")
+
+
+def _speak_missing(folder, speakers, seed, workers):
+    """Seconds of every speaker's audio, and the speakers that had to be spoken for it."""
     seconds = {speaker: _seconds_on_disk(folder, speaker) for speaker in speakers}
     missing = [speaker for speaker in speakers if seconds[speaker] is None]
     if missing:
@@ -415,12 +431,53 @@ def make_corpus(folder, splits=None, seed=0, workers=None, vocabulary="small"):
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    if missing or not (folder / "SPEAKERS.TXT").is_file():
-        _write_atomically(folder / "SPEAKERS.TXT", _speaker_table(seconds))
-    return {
-        split: sum(seconds[speaker] for speaker in speakers if speaker.split == split)
-        for split in splits
-    }
+    return seconds, missing
+
+
+def speak_known_speakers(folder, corpus, split, utterances, workers=None):
+    """Write a split of a corpus' train speakers, who say sentences that none of its splits has.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where the split goes.
+    corpus : str or Path
+        Folder that `make_corpus` has written.
+    split : str
+    utterances : int
+        Of each speaker.
+    workers : int or None
+        As for `make_corpus`.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If `espeakng-loader` is not installed.
+    ValueError
+        If `corpus` is none of `make_corpus`, or other versions of it or of the engine wrote it.
+    """
+    path = Path(corpus, "settings.json")
+    if not path.is_file():
+        raise ValueError(f"{corpus} is no corpus of mini_librispeech.py: it has no settings.json")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for key, here in (("generator", GENERATOR_VERSION), ("espeakng_loader", _engine_version())):
+        if settings[key] != here:
+            raise ValueError(f"{corpus} was made by {key} {settings[key]}, here it is {here}")
+    splits, seed, vocabulary = (settings[key] for key in ("splits", "seed", "vocabulary"))
+    speakers = [
+        speaker
+        for speaker in plan_speakers(splits, seed, vocabulary)
+        if speaker.split.startswith("train")
+    ]
+    grammar = GRAMMARS[vocabulary](random.Random(f"sentences {seed}"))
+    taken = sum(count * each for count, each in splits.values())
+    # The corpus took the first ones of the same grammar.
+    sentences = iter(draw_sentences(taken + utterances * len(speakers), grammar)[taken:])
+    speakers = [
+        replace(speaker, split=split, sentences=tuple(itertools.islice(sentences, utterances)))
+        for speaker in speakers
+    ]
+    _speak_missing(Path(folder), speakers, seed + 1, workers)  # with other noise than in training
 
 
 def _speaker_table(seconds):
