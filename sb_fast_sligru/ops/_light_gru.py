@@ -62,13 +62,30 @@ def _obstacles(device, hidden, operand_dtype):
         return {"cpu": _library.cpu_error or derivative_obstacle()}
     if device.type != "cuda":
         return {}
-    obstacle = _library.cuda_error or derivative_obstacle()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    obstacle = _library.cuda_error or _missing_code(index) or derivative_obstacle()
     if obstacle:
         return {"persistent": obstacle, "stepwise": obstacle}
-    index = torch.cuda.current_device() if device.index is None else device.index
     # index() makes a constant, with a guard, of a size that torch.compile holds as a symbol.
     obstacle = _persistent_obstacle(operator.index(hidden), operand_dtype, index)
     return {"persistent": obstacle, "stepwise": ""}
+
+
+@torch.compiler.assume_constant_result
+def _missing_code(device_index):
+    return _query_missing_code(device_index)
+
+
+@functools.cache
+def _query_missing_code(device_index):
+    major, minor = torch.cuda.get_device_capability(device_index)
+    if _library.gpu_code(10 * major + minor):
+        return ""
+    return (
+        f"the library holds no code for compute capability {major}.{minor}, but for "
+        f"{_library.build_info['archs']} (run: TORCH_CUDA_ARCH_LIST={major}.{minor} "
+        f"{_library.BUILD_COMMAND})"
+    )
 
 
 @functools.cache
