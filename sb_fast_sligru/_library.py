@@ -58,8 +58,8 @@ def gpu_code(capability):
     Returns
     -------
     code : str or None
-        "sm_90a": code for GPUs; "compute_80": PTX, which the driver compiles at the first call. None
-        if there is neither, "unknown" if the build did not note what it made.
+        "sm_90a": code for GPUs. "compute_80": PTX, which the driver compiles at the first call.
+        None if there is neither, "unknown" if the build did not note what it made.
     """
     if "code" not in build_info:
         return "unknown"

@@ -99,7 +99,8 @@ def share_masks(theirs, ours, rows, seed=7):
     generator = torch.Generator().manual_seed(seed)
     for their_layer, our_layer in zip(theirs.rnn, ours.rnn, strict=True):
         p = our_layer.dropout
-        mask = torch.bernoulli(torch.full((rows, HIDDEN), 1 - p), generator=generator)
+        keep = torch.full((rows, our_layer.hidden_size), 1 - p)
+        mask = torch.bernoulli(keep, generator=generator)
         mask = (mask / (1 - p) if p < 1 else mask).to(their_layer.u.weight)
         # SpeechBrain reads rows from its table, if the batch has the size that it knows.
         their_layer.drop_masks, their_layer.drop_mask_cnt = mask.repeat(10, 1), 0
