@@ -11,7 +11,7 @@ from test_rnn import build_pair, run, share_masks
 from sb_fast_sligru import machine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CASES = {"cpu": 250, "cuda": 1500}
+CASES = {"cpu": 250, "cuda": 500}
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.slow])]
 
 

@@ -227,6 +227,9 @@ def assert_spoiled_layer(random, name, device, dtype, only_nan, **sizes):
     assert h[expected.isnan()].isfinite().sum() == 0
     if only_nan:
         assert torch.equal(h.isnan(), expected.isnan())
+    bound = {torch.float64: 1e-9, torch.float32: 1e-2}.get(dtype)
+    if bound is None:  # 16-bit errors grow in 24 steps of an unlucky layer to any size
+        return
     # What of a sequence and direction comes before its first number that is not finite.
     for direction, (actual, loop) in enumerate(
         zip(h.chunk(2, 2), expected.chunk(2, 2), strict=True)
@@ -236,7 +239,6 @@ def assert_spoiled_layer(random, name, device, dtype, only_nan, **sizes):
         if direction == 1:
             actual, loop = actual.flip(1), loop.flip(1)
         sound = loop.isfinite().all(2).long().cumprod(1).bool()
-        bound = 1e-9 if dtype == torch.float64 else 0.1
         error, scale = (actual[sound] - loop[sound]).norm(), loop[sound].norm()
         assert error <= bound * scale + bound, f"error {error:.1e} of {scale:.1e}"
 
@@ -356,13 +358,6 @@ GPU_HIDDEN = [3, 12, 16, 24, 64, 72, 120, 128, 136, 256, 264, 392, 512, 520, 776
 GPU_SIZES = {"hidden_sizes": GPU_HIDDEN, "most_rows": 40}
 
 
-def backend_of(random, arguments, dtype, autocast=None):
-    """A backend that can serve the layer."""
-    hidden = arguments["u"].shape[1]
-    name, _ = ops.choose_backend("cuda", hidden, autocast or dtype)
-    return random.choice([name, "stepwise"])
-
-
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_float64_on_a_gpu(capsys):
@@ -405,6 +400,7 @@ def test_memory_of_a_gpu_does_not_grow(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, dtype, bound",
     [
