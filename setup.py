@@ -86,7 +86,6 @@ def extensions():
         py_limited_api=True,
     )
     if BUILD_INFO["cuda"]:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = BUILD_INFO["archs"]
         yield cpp_extension.CUDAExtension(
             f"{PACKAGE}._C_cuda",
             CUDA_SOURCES,
@@ -103,6 +102,11 @@ BUILD_INFO = {
     "cuda": torch.version.cuda if wants_cuda() else None,
     "archs": os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS),
 }
+if BUILD_INFO["cuda"]:
+    # What torch makes of them, and of names such as "Hopper": sm_* is code for GPUs, compute_* PTX.
+    os.environ["TORCH_CUDA_ARCH_LIST"] = BUILD_INFO["archs"]
+    flags = " ".join(cpp_extension._get_cuda_arch_flags())
+    BUILD_INFO["code"] = re.findall(r",code=(\w+)", flags)
 setup(
     ext_modules=list(extensions()),
     cmdclass={"build_ext": BuildExtension},

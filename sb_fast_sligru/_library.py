@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import torch
 
@@ -44,6 +45,37 @@ def _load_cuda():
             f"versions must agree (run: {BUILD_COMMAND})"
         )
     return _load("_C_cuda")
+
+
+def gpu_code(capability):
+    """What of the CUDA library a GPU would run.
+
+    Arguments
+    ---------
+    capability : int
+        Its compute capability, 90 for 9.0.
+
+    Returns
+    -------
+    code : str or None
+        "sm_90a": code for GPUs. "compute_80": PTX, which the driver compiles at the first call.
+        None if there is neither, "unknown" if the build did not note what it made.
+    """
+    if "code" not in build_info:
+        return "unknown"
+    runs = []
+    for code in build_info["code"]:
+        kind, number, suffix = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", code).groups()
+        target, same_major = int(number), int(number) // 10 == capability // 10
+        if suffix == "a":  # of this architecture alone
+            fits = target == capability
+        elif suffix == "f" or kind == "sm":  # of this architecture and later ones of its family
+            fits = same_major and target <= capability
+        else:
+            fits = target <= capability
+        if fits:
+            runs.append((kind == "sm", target, code))
+    return max(runs)[2] if runs else None
 
 
 build_info = _read_build_info()

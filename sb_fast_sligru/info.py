@@ -16,6 +16,17 @@ def _version(package):
         return "not installed"
 
 
+def _code(device, properties):
+    code = _library.gpu_code(10 * properties.major + properties.minor)
+    if code is None:
+        return "none in the library"
+    clusters = ops.gpu(torch.device(device).index).has_cluster_code
+    return (
+        f"{code}{', compiled at the first call' if code.startswith('compute') else ''}, "
+        f"with{'' if clusters else 'out'} the kernels of clusters"
+    )
+
+
 def _kernel(device, hidden, rows, dtype, direction):
     choice = ops.choose_kernel(ops.gpu(device.index), hidden, rows, dtype, direction)
     clusters = -(-rows // choice.rows)
@@ -61,6 +72,8 @@ def report(hidden=512, rows=16):
             f"{device:<15} {properties.name}, compute capability "
             f"{properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
         )
+        if not _library.cuda_error:
+            lines.append(f"  its code      {_code(device, properties)}")
     if len(devices) == 1:
         lines.append("GPU             none is visible")
     lines.append(f"Backend for H = {hidden}, {rows} rows:")

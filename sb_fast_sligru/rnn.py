@@ -2,7 +2,7 @@
 
 The classes are SpeechBrain's, subclassed: constructor, parameters, initialisation, hidden-state
 layouts and ``state_dict`` are inherited. Replaced is what a layer computes between its input and
-its output:
+its output, where its parts are those that SpeechBrain built:
 
 ===================  =======================================  ===================================
 step                 SpeechBrain                              here
@@ -13,6 +13,10 @@ time loop            a Python loop of about ten operators     ``ops.light_gru``
 dropout mask         rows of a table of 16000 masks, drawn    drawn at each call
                      again when the batch size changes
 ===================  =======================================  ===================================
+
+A layer whose ``u``, ``act`` or ``layer_norm`` was replaced (an adapter, a quantised or FSDP-wrapped
+``Linear``) or has hooks (the old ``spectral_norm``) runs SpeechBrain's own loop, which calls them,
+and says so once. ``torch.nn.utils.parametrize``, and FSDP around whole layers, leave it fast.
 
 Two habits that SpeechBrain's documentation does not tell are kept, since trained weights depend
 on them: a feed-forward normalisation other than "batchnorm" and "layernorm" is a LayerNorm, not
@@ -25,8 +29,10 @@ arXiv 2302.10144 (SLi-GRU).
 import torch
 from speechbrain.nnet import RNN as stock
 from torch import distributed, nn
+from torch.nn.utils import parametrize
 
 from . import ops, reference
+from .ops._backends import choose, warn_once
 
 __all__ = ["LiGRU", "LiGRU_Layer", "SLiGRU", "SLiGRU_Layer"]
 
@@ -64,10 +70,42 @@ class _LightGRULayer:
         ------
         ValueError
             If the shape of `x` or `hx` is not one of those above.
+        RuntimeError
+            If a compiled backend is forced and a part of the layer was replaced or has hooks.
         """
         rows = _check_shapes(x, hx, self.input_size, self.hidden_size, self.bidirectional)
+        if not torch.jit.is_scripting():
+            obstacle = self._obstacle()
+            if obstacle:
+                return self._run_loop(x, hx, obstacle)
         h0 = self.h_init if hx is None else hx.reshape(-1, self.hidden_size)
-        return self._recurrence(self._normalise(self.w(x)), h0, self._sample_drop_mask(rows))
+        return self._recurrence(self._normalise(self.w(x)), h0, self._draw_drop_mask(rows))
+
+    @torch.jit.unused
+    def _obstacle(self) -> str:
+        """Tell which part the operator cannot stand in for, "" if there is none."""
+        if not _is_plain(self.u, nn.Linear) or self.u.bias is not None:
+            return _not_plain("u", self.u, "a bias-free nn.Linear")
+        if not _is_activation(self.act, self.activation):
+            return _not_plain("act", self.act, f"the {self.activation} of its construction")
+        norm = getattr(self, "layer_norm", None)  # SLi-GRU's
+        if norm is not None and not _is_plain(norm, nn.LayerNorm):
+            return _not_plain("layer_norm", norm, "an nn.LayerNorm")
+        return ""
+
+    @torch.jit.unused
+    def _run_loop(self, x: torch.Tensor, hx: torch.Tensor | None, obstacle: str) -> torch.Tensor:
+        """Run SpeechBrain's forward, or raise if a compiled backend is forced."""
+        _, reason = choose(x.device, dict.fromkeys(ops.BACKENDS, obstacle))
+        if reason != "forced":
+            warn_once(reason)
+        return super().forward(x, hx)
+
+    def __prepare_scriptable__(self):
+        """Refuse, for torch.jit.script, what its code could not tell from the usual parts."""
+        if self._obstacle():
+            raise ValueError(f"torch.jit.script: {self._obstacle()}")
+        return self
 
     def _normalise(self, wx: torch.Tensor) -> torch.Tensor:
         """Apply the feed-forward norm to `wx` [B, T, 2H], with SpeechBrain's running statistics.
@@ -87,24 +125,33 @@ class _LightGRULayer:
                 n = _count_over_processes(self.norm, rows)
             if n < 2:  # BatchNorm refuses one row, not the same row twice
                 return self.norm(rows.repeat(2, 1))[: rows.shape[0]].view_as(wx)
+            if self.norm.running_var is None or not self.norm.track_running_stats:
+                return self.norm(rows).view_as(wx)
             before = self.norm.running_var.clone()
             out = self.norm(rows).view_as(wx)
+            if self.norm.momentum is None:  # the average of all batches so far
+                before -= before / self.norm.num_batches_tracked
+            else:
+                before -= before * self.norm.momentum
             # running_var is now (1 - momentum) before + momentum var n / (n - 1). Autograd has
             # saved it for the gradient of evaluation mode; `data` keeps that from being an error.
-            added = self.norm.running_var - (1 - self.norm.momentum) * before
+            added = self.norm.running_var - before
             self.norm.running_var.data.sub_(added / (2 * n - 1))
             return out
 
-    def _sample_drop_mask(self, rows: int) -> torch.Tensor | None:
-        """Draw a recurrent dropout mask [rows, H]: one per sequence, the same at all steps.
-
-        SpeechBrain's method of this name takes rows from the table that `_init_drop` has drawn.
-        """
+    def _draw_drop_mask(self, rows: int) -> torch.Tensor | None:
+        """Draw a recurrent dropout mask [rows, H]: one per sequence, the same at all steps."""
         if not self.training or self.dropout == 0:
             return None
-        weight = self.u.weight
-        ones = torch.ones(rows, self.hidden_size, dtype=weight.dtype, device=weight.device)
-        return self.drop(ones)
+        return self.drop(torch.ones_like(self.h_init.expand(rows, -1)))
+
+    def _sample_drop_mask(self, w):
+        """Give SpeechBrain's loop a mask, which takes rows of a table there."""
+        mask = self._draw_drop_mask(w.shape[0])
+        return self.drop_mask_te if mask is None else mask
+
+    def _change_batch_size(self, x):
+        """Leave the table alone that SpeechBrain draws again here."""
 
 
 class SLiGRU_Layer(_LightGRULayer, stock.SLiGRU_Layer):
@@ -113,7 +160,8 @@ class SLiGRU_Layer(_LightGRULayer, stock.SLiGRU_Layer):
     def _init_drop(self):
         """Delete the table of masks once drawn: it is not used, and not part of ``state_dict``.
 
-        Drawing it keeps the initial weights that a seed gives equal to SpeechBrain's.
+        Drawing it keeps the initial weights that a seed gives this network equal to SpeechBrain's.
+        A CRDNN with dropout calls it before it builds its last layers: those start elsewhere.
         """
         super()._init_drop()
         del self.drop_masks
@@ -279,12 +327,43 @@ def _count_over_processes(norm, rows):
     return int(count)
 
 
+def _not_plain(name, part, expected):
+    kind = type(part)
+    return (
+        f"{name} of a layer is {kind.__module__}.{kind.__qualname__}, the kernels need {expected} "
+        "without hooks (torch.nn.utils.parametrize and FSDP around whole layers leave it so)"
+    )
+
+
 def _activation_name(act):
     """Return the operator's name for the activation that SpeechBrain's layer has chosen."""
-    for name, known in reference.ACTIVATIONS.items():
-        if act is known or (isinstance(act, nn.Module) and type(act) is type(known)):
+    for name in reference.ACTIVATIONS:
+        if _is_activation(act, name):
             return name
     raise ValueError(f"nonlinearity: the operator has no activation like {act!r}")
+
+
+def _is_activation(act, name):
+    """Tell whether calling `act` computes the operator's activation of that name."""
+    known = reference.ACTIVATIONS[name]
+    if not isinstance(known, nn.Module):
+        return act is known
+    slope = getattr(known, "negative_slope", None)
+    return _is_plain(act, type(known)) and getattr(act, "negative_slope", None) == slope
+
+
+def _is_plain(module, kind):
+    """Tell whether calling `module` computes what `kind` does, and nothing else sees the call."""
+    if not isinstance(module, kind):
+        return False
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    is_kind = parametrize.type_before_parametrizations(module) is kind
+    return is_kind and "forward" not in module.__dict__ and not any(hooks)
 
 
 def _input_widths(rnn):

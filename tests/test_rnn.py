@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from functools import partial
 
 import pytest
@@ -10,9 +11,14 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.models.CRDNN import CRDNN
 from speechbrain.nnet import RNN as stock
+from speechbrain.nnet.adapters import AdaptedModel, HoulsbyAdapterLinear, LoRA
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import sb_fast_sligru
 from sb_fast_sligru import machine
+from sb_fast_sligru.ops import _backends
 from sb_fast_sligru.reference import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,15 +99,16 @@ def share_masks(theirs, ours, rows, seed=7):
     generator = torch.Generator().manual_seed(seed)
     for their_layer, our_layer in zip(theirs.rnn, ours.rnn, strict=True):
         p = our_layer.dropout
-        mask = torch.bernoulli(torch.full((rows, HIDDEN), 1 - p), generator=generator)
+        keep = torch.full((rows, our_layer.hidden_size), 1 - p)
+        mask = torch.bernoulli(keep, generator=generator)
         mask = (mask / (1 - p) if p < 1 else mask).to(their_layer.u.weight)
         # SpeechBrain reads rows from its table, if the batch has the size that it knows.
         their_layer.drop_masks, their_layer.drop_mask_cnt = mask.repeat(10, 1), 0
         their_layer.N_drop_masks, their_layer.batch_size = 10 * rows, rows
-        our_layer._sample_drop_mask = partial(sample_drop_mask, our_layer, mask)
+        our_layer._draw_drop_mask = partial(draw_drop_mask, our_layer, mask)
 
 
-def sample_drop_mask(layer, mask, rows):
+def draw_drop_mask(layer, mask, rows):
     return mask[:rows] if layer.training else None
 
 
@@ -243,6 +250,279 @@ def test_two_forwards_before_a_backward(cell):
     assert_same(gradients[1], gradients[0])
 
 
+@either_device
+@either_direction
+@either_cell
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"momentum": None},
+        {"momentum": 0.5},
+        {"momentum": 0.0},
+        {"track_running_stats": False},
+        {"momentum": None, "track_running_stats": False},
+        {"affine": False, "momentum": None},
+    ],
+    ids=str,
+)
+def test_batch_norm_of_another_kind(cell, arguments, bidirectional, device):
+    """A cumulative average of batches, none at all, and none from now on."""
+    pair = build_pair(cell, device, bidirectional=bidirectional)
+    for net in pair:
+        net.rnn[0].norm = torch.nn.BatchNorm1d(2 * HIDDEN, **arguments).to(device, torch.float64)
+    theirs, ours = pair
+    for step, shape in enumerate([(1, 1, FEATURES), (3, 7, FEATURES), (2, 3, FEATURES)]):
+        if step == 0 and not bidirectional:
+            continue  # BatchNorm refuses a single row
+        x = random_input(device, shape=shape, seed=step)
+        assert_same(run(ours, x), run(theirs, x))
+    for net in pair:
+        net.rnn[0].norm.track_running_stats = False
+    assert_same(run(ours, x), run(theirs, x))
+    for net in pair:
+        net.eval()
+    assert_same(run(ours, x), run(theirs, x))
+
+
+@either_direction
+@either_cell
+def test_update_bn(cell, bidirectional):
+    """torch's own recomputation of the statistics, of weights that were averaged."""
+    pair = build_pair(cell, bidirectional=bidirectional)
+    batches = [random_input(shape=(2, 2 + n, FEATURES), seed=n) for n in range(4)]
+    for net in pair:
+        torch.optim.swa_utils.update_bn(batches, net)
+    theirs, ours = pair
+    x = random_input()
+    assert_same(run(ours.eval(), x), run(theirs.eval(), x))
+
+
+@either_device
+@either_direction
+@either_cell
+def test_output_changed_in_place(cell, bidirectional, device):
+    """SpeechBrain's output is a copy of what its loop saves."""
+    pair = build_pair(cell, device, num_layers=2, bidirectional=bidirectional, nonlinearity="tanh")
+    x = random_input(device)
+    for change in (lambda y: y.mul_(2), lambda y: y.masked_fill_(y > 0.2, 0.0), torch.relu_):
+        results = []
+        for net in pair:
+            hook = net.rnn[0].register_forward_hook(lambda _, inputs, y, change=change: change(y))
+            last = net.register_forward_hook(
+                lambda _, inputs, y, change=change: (change(y[0]), y[1])
+            )
+            results.append(run(net, x))
+            hook.remove()
+            last.remove()
+        assert_same(results[1], results[0])
+
+
+@either_direction
+@either_cell
+def test_forward_mode_and_torch_func(cell, bidirectional, warned):
+    theirs, ours = build_pair(cell, bidirectional=bidirectional, num_layers=2, nonlinearity="tanh")
+    x, tangent = random_input(), random_input(seed=4)
+    results = []
+    for net in (theirs, ours):
+        net.eval().requires_grad_(False)
+        results.append(
+            {
+                "jvp": torch.func.jvp(lambda x, net=net: net(x)[0], (x,), (tangent,))[1],
+                "grad": torch.func.grad(lambda x, net=net: net(x)[0].square().sum())(x),
+            }
+        )
+    assert_same(results[1], results[0])
+    assert results[1]["jvp"].any() and len(warned) == 2
+
+
+# Replaced parts --------------------------------------------------------------------------------
+
+
+class LowRank(torch.nn.Linear):
+    """A low-rank adapter as a subclass, which keeps `weight` and adds to what it computes."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = linear.weight
+        self.down = torch.nn.Parameter(torch.randn(2, linear.in_features))
+        self.up = torch.nn.Parameter(torch.randn(linear.out_features, 2))
+
+    def forward(self, h):
+        return super().forward(h) + h @ self.down.t() @ self.up.t()
+
+
+def with_bias(u):
+    linear = torch.nn.Linear(u.in_features, u.out_features)
+    linear.weight = u.weight
+    return linear
+
+
+def with_replaced_forward(u):
+    u.forward = lambda h: torch.nn.functional.linear(h, 1.1 * u.weight)
+    return u
+
+
+def hooked(register, hook):
+    def change(module):
+        getattr(module, register)(hook)
+        return module
+
+    return change
+
+
+def scaled_output(module, inputs, output):
+    return 1.1 * output
+
+
+def scaled_input(module, inputs):
+    return (1.1 * inputs[0],)
+
+
+def scaled_gradient(module, grad_inputs, grad_outputs):
+    return tuple(g if g is None else 1.1 * g for g in grad_inputs)
+
+
+class Halved(torch.nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def halved(u):
+    parametrize.register_parametrization(u, "weight", Halved())
+    return u
+
+
+# Name of the part, how it is replaced.
+REPLACED = {
+    "u-subclass": ("u", LowRank),
+    "u-bias": ("u", with_bias),
+    "u-module": ("u", lambda u: torch.nn.Sequential(u, torch.nn.Dropout(0.0))),
+    "u-adapter": ("u", partial(HoulsbyAdapterLinear, projection_size=3)),
+    "u-forward": ("u", with_replaced_forward),
+    "u-forward-hook": ("u", hooked("register_forward_hook", scaled_output)),
+    "u-pre-hook": ("u", hooked("register_forward_pre_hook", scaled_input)),
+    "u-backward-hook": ("u", hooked("register_full_backward_hook", scaled_gradient)),
+    "u-old-spectral-norm": ("u", torch.nn.utils.spectral_norm),
+    "u-pruned": ("u", partial(prune.l1_unstructured, name="weight", amount=0.3)),
+    "act-module": ("act", lambda act: torch.nn.GELU()),
+    "act-slope": ("act", lambda act: torch.nn.LeakyReLU(0.3)),
+    "act-function": ("act", lambda act: torch.sigmoid),
+    "act-hook": ("act", hooked("register_forward_hook", scaled_output)),
+    "layer_norm-module": ("layer_norm", lambda norm: torch.nn.RMSNorm(2 * HIDDEN)),
+    "layer_norm-none": ("layer_norm", lambda norm: torch.nn.Identity()),
+    "layer_norm-hook": ("layer_norm", hooked("register_forward_hook", scaled_output)),
+}
+REPLACED_CASES = [
+    pytest.param(cell, *replaced, id=f"{cell}-{name}")
+    for name, replaced in REPLACED.items()
+    for cell in CELLS
+    if cell == "SLiGRU" or not name.startswith("layer_norm")
+]
+
+
+def replace_part(net, name, change):
+    torch.manual_seed(3)
+    for layer in net.rnn:
+        if name == "act":  # a function takes the place of a module only so
+            act = change(layer.act)
+            del layer.act
+            layer.act = act
+        else:
+            setattr(layer, name, change(getattr(layer, name)))
+    net.double()
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """The reasons for the slow loop, each of which is told once in a process."""
+    reasons = set()
+    monkeypatch.setattr(_backends, "_warned", reasons)
+    return reasons
+
+
+@either_direction
+@pytest.mark.parametrize("cell, name, change", REPLACED_CASES)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_replaced_part_is_called(cell, name, change, bidirectional, warned):
+    """As SpeechBrain's loop calls it; in the second step the old spectral norm has moved on."""
+    activation = "leaky_relu" if name == "act" else "tanh"
+    pair = build_pair(
+        cell, bidirectional=bidirectional, nonlinearity=activation, dropout=0.3, num_layers=2
+    )
+    share_masks(*pair, BATCH * (1 + bidirectional))
+    for net in pair:
+        replace_part(net, name, change)
+    theirs, ours = pair
+    x = random_input()
+    hx = random_input(shape=(2 * (1 + bidirectional), BATCH, HIDDEN), seed=5)
+    with pytest.warns(UserWarning, match=f"slow PyTorch loop.*{name} of a layer is"):
+        assert_same(run(ours, x), run(theirs, x))
+    for net in pair:
+        for layer in net.rnn:
+            if getattr(layer, "drop_masks", None) is not None:
+                layer.drop_mask_cnt = 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*slow PyTorch loop")
+        assert_same(run(ours, x, hx), run(theirs, x, hx))
+        for net in pair:
+            net.eval()
+        with sb_fast_sligru.backend("reference"):
+            assert_same(run(ours, x), run(theirs, x))
+    with sb_fast_sligru.backend("cpu"):
+        with pytest.raises(RuntimeError, match=f'backend."cpu".* is forced, but {name} of a layer'):
+            ours(x)
+    with pytest.raises(ValueError, match=f"torch.jit.script: {name} of a layer is"):
+        torch.jit.script(ours)
+
+
+@either_direction
+@either_cell
+@pytest.mark.parametrize("change", [halved, parametrizations.weight_norm])
+def test_a_parametrised_u_stays_with_the_kernels(cell, change, bidirectional):
+    theirs, ours = build_pair(cell, bidirectional=bidirectional, num_layers=2)
+    for net in (theirs, ours):
+        replace_part(net, "u", change)
+    with sb_fast_sligru.backend("cpu"):
+        for seed in range(3):
+            assert_same(run(ours, random_input(seed=seed)), run(theirs, random_input(seed=seed)))
+
+
+@either_direction
+@either_cell
+@pytest.mark.parametrize(
+    "adapter, arguments",
+    [(LoRA, {"rank": 2}), (HoulsbyAdapterLinear, {"projection_size": 3})],
+    ids=["LoRA", "Houlsby"],
+)
+def test_speechbrains_adapters(cell, adapter, arguments, bidirectional, warned):
+    outputs = []
+    pair = build_pair(cell, bidirectional=bidirectional, num_layers=2)
+    for net in pair:
+        torch.manual_seed(4)
+        net = AdaptedModel(net, adapter, all_linear=True, adapter_kwargs=arguments).double()
+        for name, parameter in net.named_parameters():
+            if "adapter" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        outputs.append(run(net, random_input()))
+    assert len(warned) == 1
+    assert any("adapter" in name for name in outputs[0])
+    assert_same(outputs[1], outputs[0])
+
+
+@either_direction
+@either_cell
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization:DeprecationWarning")
+def test_quantised_network(cell, bidirectional, warned):
+    theirs, ours = (
+        torch.ao.quantization.quantize_dynamic(net.eval(), {torch.nn.Linear})
+        for net in build_pair(cell, dtype=torch.float32, bidirectional=bidirectional)
+    )
+    x = random_input(dtype=torch.float32)
+    with torch.no_grad():
+        assert relative_error(ours(x)[0], theirs(x)[0]) < 1e-6
+    assert len(warned) == 1
+
+
 # Precision -------------------------------------------------------------------------------------
 
 
@@ -371,7 +651,7 @@ def test_dropout_masks_are_distributed_as_speechbrains(cell, device):
     torch.manual_seed(0)
     layer = getattr(sb_fast_sligru, cell)(**arguments).to(device).rnn[0]
     table = getattr(stock, cell)(**arguments).rnn[0].drop_masks
-    first, second = layer._sample_drop_mask(rows), layer._sample_drop_mask(rows)
+    first, second = layer._draw_drop_mask(rows), layer._draw_drop_mask(rows)
     assert first.shape == (rows, hidden) and first.dtype == layer.u.weight.dtype
     assert set(first.unique().tolist()) == set(table.unique().tolist())
     kept = torch.stack([first, second]).gt(0).double().cpu()
@@ -383,7 +663,7 @@ def test_dropout_masks_are_distributed_as_speechbrains(cell, device):
     agreement = (kept[0] == kept[1]).double().mean()
     assert abs(agreement - (p**2 + (1 - p) ** 2)) < 5 * 0.5 / kept[0].numel() ** 0.5
     layer.eval()
-    assert layer._sample_drop_mask(rows) is None
+    assert layer._draw_drop_mask(rows) is None
 
 
 @either_device
@@ -474,6 +754,41 @@ def test_no_grad_and_inference_mode(cell, device):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert relative_error(ours(x)[0], theirs(x)[0]) < 1e-12
+
+
+WRAPPED = ["layer by fully_shard", "u by fully_shard", "layer by FSDP", "u by FSDP"]
+
+
+def test_sharded_networks(tmp_path):
+    """FSDP around layers, which stay fast, and around the Linears inside, whose loop calls them."""
+    torch.multiprocessing.spawn(compare_sharded, (tmp_path / "store",), nprocs=2)
+
+
+def compare_sharded(rank, store):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    torch.set_num_threads(1)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    x = random_input(dtype=torch.float32)
+    for cell in CELLS:
+        for kind in WRAPPED:
+            part, wrapper = kind.split(" by ")
+            theirs, ours = build_pair(cell, dtype=torch.float32, num_layers=2)
+            expected = run(theirs, x)
+            _backends._warned.clear()
+            for index in range(len(ours.rnn)):
+                owner = ours.rnn if part == "layer" else ours.rnn[index]
+                name = str(index) if part == "layer" else "u"
+                if wrapper == "fully_shard":
+                    fully_shard(getattr(owner, name), mesh=mesh)
+                else:
+                    setattr(owner, name, FSDP(getattr(owner, name), device_id=torch.device("cpu")))
+            output, hh = ours(x)
+            assert relative_error(output, expected["output"]) < 1e-5, kind
+            output.square().sum().backward()
+            assert bool(_backends._warned) == (part == "u"), kind
+    torch.distributed.destroy_process_group()
 
 
 class SyncBatchNormOnCPU(torch.nn.SyncBatchNorm):

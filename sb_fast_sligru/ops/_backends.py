@@ -1,15 +1,35 @@
 """What the choices of all operators share: the forced backend, and the properties of a GPU."""
 
 import contextlib
+import contextvars
 import functools
 import warnings
 from typing import NamedTuple
 
 import torch
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "reference", "cpu", "stepwise", "persistent")
 
-_forced = "auto"
+_blocks = contextvars.ContextVar(
+    "sb_fast_sligru_blocks", default=()
+)  # the open ones, outermost first
+_forced = contextvars.ContextVar("sb_fast_sligru_backend")
+
+
+class _Setting:
+    """The forced backend, where torch.compile can see and guard it.
+
+    It cannot trace a context variable's methods, but reads an attribute whose getter is written in
+    C when it traces, and again before each call of what it has compiled.
+    """
+
+    name = property(_forced.get)  # called with the instance, which is thus the value if none is set
+    traced = None  # set by `backend` within a compiled function
+
+
+_setting = _Setting()
 
 
 @contextlib.contextmanager
@@ -19,9 +39,14 @@ def backend(name):
     Arguments
     ---------
     name : str
-        "reference" (PyTorch loop: any device, differentiable twice), "cpu" (compiled, CPU tensors),
-        "stepwise" (CUDA: the time loop in C++), "persistent" (CUDA, sm_90 and newer: the whole
-        sequence in one kernel) or "auto". The setting is process-wide.
+        "reference" (PyTorch loop: any device, differentiable any number of times, forwards too),
+        "cpu" (compiled, CPU tensors), "stepwise" (CUDA: the time loop in C++), "persistent" (CUDA,
+        sm_90 and newer: the whole sequence in one kernel) or "auto".
+
+    It holds in this thread or asyncio task and in tasks that it starts, not in other threads. A
+    backward pass is that of its forward pass, wherever it runs. torch's checkpointing runs the
+    forward again, on a GPU in a thread of its own: give it a `context_fn` that returns
+    `(backend(name), backend(name))`.
 
     Raises
     ------
@@ -36,19 +61,33 @@ def backend(name):
     >>> h.shape
     torch.Size([2, 5, 4])
     """
-    global _forced
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    previous, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = previous
+    if torch.compiler.is_compiling():
+        before, _setting.traced = _setting.traced, name
+        try:
+            yield
+        finally:
+            _setting.traced = before
+    else:
+        block = [name]  # a list, which is equal to others but not the same
+        _hold((*_blocks.get(), block))
+        try:
+            yield
+        finally:
+            # Not the token of `ContextVar.set`: blocks of generators may end in any order.
+            _hold(tuple(other for other in _blocks.get() if other is not block))
+
+
+def _hold(blocks):
+    _blocks.set(blocks)
+    _forced.set(blocks[-1][0] if blocks else _setting)
 
 
 def forced_backend():
     """The name that `backend` has set, "auto" outside of it."""
-    return _forced
+    name = _setting.traced or _setting.name
+    return "auto" if name is _setting else name
 
 
 def choose(device, obstacles):
@@ -72,18 +111,34 @@ def choose(device, obstacles):
     RuntimeError
         If a backend is forced that cannot serve the call.
     """
-    if _forced == "reference":
+    forced = forced_backend()
+    if forced == "reference":
         return "reference", "forced"
-    if _forced != "auto":
-        obstacle = obstacles.get(_forced, f"it does not serve {device.type} tensors")
+    if forced != "auto":
+        obstacle = obstacles.get(forced, f"it does not serve {device.type} tensors")
         if obstacle:
-            raise RuntimeError(f'backend("{_forced}") is forced, but {obstacle}')
-        return _forced, "forced"
+            raise RuntimeError(f'backend("{forced}") is forced, but {obstacle}')
+        return forced, "forced"
     for name, obstacle in obstacles.items():
         if not obstacle:
             rejected = [f"not {other}: {why}" for other, why in obstacles.items() if why]
             return name, "; ".join(rejected) or "the fastest"
     return "reference", next(iter(obstacles.values()), f"no kernels for {device.type} tensors")
+
+
+@torch.compiler.assume_constant_result  # torch.compile guards both states itself
+def derivative_obstacle():
+    """What keeps compiled kernels from serving a call of this thread now, "" if nothing does.
+
+    They have the derivative that autograd's backward takes. Forward-mode derivatives would be lost
+    without a word, and the gradients of torch.func fail.
+    """
+    if forward_ad._current_level >= 0:
+        return 'compiled kernels have no forward-mode derivative; backend("reference") has'
+    gradients = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+    if any(level.key() in gradients for level in _functorch.get_interpreter_stack() or ()):
+        return 'compiled kernels have no gradient for torch.func; backend("reference") has'
+    return ""
 
 
 class Gpu(NamedTuple):
@@ -123,8 +178,8 @@ _warned = set()
 
 
 def warn_once(reason):
-    """Say that the slow loop runs; each reason once in a process."""
-    if reason not in _warned:
+    """Say that the slow loop runs; each reason once in a process, but not while compiling."""
+    if not torch.compiler.is_compiling() and reason not in _warned:
         _warned.add(reason)
         warnings.warn(
             f"sb_fast_sligru runs its slow PyTorch loop (same results): {reason}",

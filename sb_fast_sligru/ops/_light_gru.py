@@ -11,9 +11,10 @@ import operator
 from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import _library, reference
-from ._backends import choose, forced_backend, gpu, warn_once
+from ._backends import choose, derivative_obstacle, forced_backend, gpu, warn_once
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,15 +59,33 @@ def choose_backend(device, hidden, operand_dtype):
 def _obstacles(device, hidden, operand_dtype):
     """What keeps each compiled backend of the device from the layer ("": nothing), best first."""
     if device.type == "cpu":
-        return {"cpu": _library.cpu_error or ""}
+        return {"cpu": _library.cpu_error or derivative_obstacle()}
     if device.type != "cuda":
         return {}
-    if _library.cuda_error:
-        return {"persistent": _library.cuda_error, "stepwise": _library.cuda_error}
     index = torch.cuda.current_device() if device.index is None else device.index
+    obstacle = _library.cuda_error or _missing_code(index) or derivative_obstacle()
+    if obstacle:
+        return {"persistent": obstacle, "stepwise": obstacle}
     # index() makes a constant, with a guard, of a size that torch.compile holds as a symbol.
     obstacle = _persistent_obstacle(operator.index(hidden), operand_dtype, index)
     return {"persistent": obstacle, "stepwise": ""}
+
+
+@torch.compiler.assume_constant_result
+def _missing_code(device_index):
+    return _query_missing_code(device_index)
+
+
+@functools.cache
+def _query_missing_code(device_index):
+    major, minor = torch.cuda.get_device_capability(device_index)
+    if _library.gpu_code(10 * major + minor):
+        return ""
+    return (
+        f"the library holds no code for compute capability {major}.{minor}, but for "
+        f"{_library.build_info['archs']} (run: TORCH_CUDA_ARCH_LIST={major}.{minor} "
+        f"{_library.BUILD_COMMAND})"
+    )
 
 
 @functools.cache
@@ -198,6 +217,7 @@ def light_gru(
         Naming the argument, what was given and what is allowed.
     RuntimeError
         If a forced backend cannot serve the call, or at a second derivative of a compiled backend.
+        Forward-mode derivatives and torch.func's gradients run the loop, unless one is forced.
 
     Example
     -------
@@ -216,7 +236,7 @@ def light_gru(
     operand_dtype = _check(tensors, layer_norm, activation, bidirectional)
     name, reason = choose_backend(wx.device, u.shape[1], operand_dtype)
     if name == "reference":
-        if reason != "forced" and not torch.compiler.is_compiling():
+        if reason != "forced":
             warn_once(reason)
         return reference.light_gru(
             **tensors,
@@ -350,15 +370,39 @@ def _light_gru_backward_fake(grad_h, wx, u, *rest):
 def _setup_context(ctx, inputs, output):
     tensors, ctx.options = inputs[:_TENSORS], inputs[_TENSORS:]
     h, rho = output
+    ctx.changes = None
+    if type(h) is torch.Tensor and not torch.compiler.is_compiling():
+        ctx.changes = _Changes(h)
+        h = h.data  # the same memory; its own count of changes, which autograd finds unchanged
     ctx.save_for_backward(*tensors, h, rho)
     ctx.mark_non_differentiable(rho)
     ctx.set_materialize_grads(False)
+
+
+class _Changes:
+    """Whether a tensor has been changed in place since, without holding its memory.
+
+    SpeechBrain's output is a copy of what its loop saves, so its users may change it. A copy of h
+    would cost time and memory in every call: the backward computes h again where it was changed.
+    """
+
+    def __init__(self, tensor):
+        self.counter = tensor.detach()  # shares the count of changes
+        with torch._C._DisableTorchDispatch():  # modes need not see this, and some refuse it
+            self.counter.data = tensor.new_empty(0)
+        self.before = tensor._version
+
+    def __bool__(self):
+        return self.counter._version != self.before
 
 
 def _light_gru_backward(ctx, grad_h, _):
     if grad_h is None:
         return (None,) * (_TENSORS + _OPTIONS)
     *tensors, h, rho = ctx.saved_tensors
+    if ctx.changes:
+        with torch.no_grad():
+            h, rho = torch.ops.sb_fast_sligru.light_gru(*tensors, *ctx.options)
     wx, u, h0, _, ln_weight, ln_bias = ctx.needs_input_grad[:_TENSORS]
     grads = torch.ops.sb_fast_sligru.light_gru_backward(
         grad_h, *tensors, *ctx.options, h, rho, wx, u, h0, ln_weight or ln_bias
@@ -377,7 +421,27 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
+# ---- torch.utils.flop_counter: the products with U that the loop computes, whatever a kernel does
+
+
+def _light_gru_flops(wx_shape, u_shape, *rest, out_shape=None, **_):
+    layer_norm, _, _, bidirectional, *_ = rest[_TENSORS - 2 :]
+    batch, time, gates = wx_shape
+    return 2 * batch * (2 if bidirectional else 1) * time * gates * u_shape[1]
+
+
+def _light_gru_backward_flops(grad_h_shape, wx_shape, u_shape, *rest, out_shape=None, **_):
+    _, need_u, need_h0, _ = rest[-4:]
+    batch, time, gates = wx_shape
+    rows = batch * (2 if rest[_TENSORS + 1] else 1)
+    # One for each step's dU, one for each step's carry to the step before.
+    products = (time if need_u else 0) + (time if need_h0 else max(time - 1, 0))
+    return 2 * rows * products * gates * u_shape[1]
+
+
 if _library.cpu_error is None:
+    register_flop_formula(torch.ops.sb_fast_sligru.light_gru)(_light_gru_flops)
+    register_flop_formula(torch.ops.sb_fast_sligru.light_gru_backward)(_light_gru_backward_flops)
     # Shapes and dtypes without data: what torch.compile and torch.export trace through.
     torch.library.register_fake("sb_fast_sligru::light_gru")(_light_gru_fake)
     torch.library.register_fake("sb_fast_sligru::light_gru_backward")(_light_gru_backward_fake)

@@ -65,7 +65,8 @@ def light_gru(
 
     if time == 0 or rows == 0:
         # Nothing to scan; the empty result still belongs to the graph of its inputs.
-        out = (wx[..., :hidden] + u.sum() * 0).to(u.dtype)
+        given = [t for t in (u, h0, ln_weight, ln_bias) if t is not None]
+        out = (wx[..., :hidden] + sum(t.sum() * 0 for t in given)).to(u.dtype)
     else:
         out = torch.stack(outputs, 1)
     if bidirectional:

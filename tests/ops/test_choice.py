@@ -6,14 +6,17 @@ Its rules are in cuda_ops/light_gru/choice.h.
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections import namedtuple
 
 import pytest
 import torch
+from helpers import ROOT
 
-from sb_fast_sligru import info, ops
-from sb_fast_sligru.ops import Gpu
+from sb_fast_sligru import _library, info, ops
+from sb_fast_sligru.ops import Gpu, _light_gru
 
 H200 = Gpu(
     capability=90,
@@ -117,6 +120,90 @@ def test_info_prints_the_kernels_of_a_gpu(monkeypatch):
     assert "backward narrow_float, 6 x 16 blocks of 32 units, up to 3 rows each" in text
 
 
+@pytest.mark.parametrize(
+    "built, capability, code",
+    [
+        (["sm_90a"], 90, "sm_90a"),
+        (["sm_90a"], 80, None),
+        (["sm_90a"], 100, None),
+        (["sm_80"], 86, "sm_80"),
+        (["sm_86"], 80, None),
+        (["sm_80"], 90, None),
+        (["sm_80", "compute_80"], 90, "compute_80"),
+        (["compute_90a"], 100, None),
+        (["sm_100f"], 103, "sm_100f"),
+        (["sm_100f"], 120, None),
+        (["sm_75", "sm_80", "sm_86", "sm_90a", "sm_120", "compute_120"], 89, "sm_86"),
+        (["sm_75", "sm_80", "sm_86", "sm_90a", "sm_120", "compute_120"], 121, "sm_120"),
+        (["sm_75", "sm_80", "sm_86", "sm_90a", "sm_120", "compute_120"], 130, "compute_120"),
+        (None, 90, "unknown"),
+    ],
+    ids=str,
+)
+def test_code_that_a_gpu_would_run(monkeypatch, built, capability, code):
+    monkeypatch.setattr(_library, "build_info", {} if built is None else {"code": built})
+    assert _library.gpu_code(capability) == code
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """One GPU of a compute capability, and a library that was built for some architectures."""
+
+    def pretend(gpu, archs, code):
+        Properties = namedtuple("Properties", "name major minor total_memory")
+        properties = Properties("a pretended GPU", *divmod(gpu.capability, 10), 80 * 2**30)
+        monkeypatch.setattr(_library, "cuda_error", None)
+        built = _library.build_info | {"cuda": "13.0", "archs": archs, "code": code}
+        monkeypatch.setattr(_library, "build_info", built)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: properties[1:3])
+        monkeypatch.setattr(ops, "gpu", lambda index: gpu)
+        monkeypatch.setattr(_light_gru, "gpu", lambda index: gpu)
+        for query in (_light_gru._query_missing_code, _light_gru._query_persistent):
+            monkeypatch.setattr(_light_gru, query.__name__, query.__wrapped__)
+
+    return pretend
+
+
+def test_a_library_without_code_for_the_gpu(pretend):
+    """It would fail at the first launch: the loop runs, or who forces a backend is told."""
+    pretend(A100, "9.0a", ["sm_90a"])
+    name, reason = ops.choose_backend("cuda:0", 512, BF16)
+    assert name == "reference"
+    assert (
+        "no code for compute capability 8.0, but for 9.0a (run: TORCH_CUDA_ARCH_LIST=8.0" in reason
+    )
+    for forced in ("stepwise", "persistent"):
+        with (
+            ops.backend(forced),
+            pytest.raises(RuntimeError, match="no code for compute capability"),
+        ):
+            ops.choose_backend("cuda:0", 512, BF16)
+    assert "  its code      none in the library" in info.report()
+
+
+@pytest.mark.parametrize(
+    "gpu, code, line, name",
+    [
+        (H200, ["sm_90a"], "sm_90a, with the kernels of clusters", "persistent"),
+        (A100, ["sm_80"], "sm_80, without the kernels of clusters", "stepwise"),
+        (
+            WITHOUT_9_0A,
+            ["sm_80", "compute_80"],
+            "compute_80, compiled at the first call, without the kernels of clusters",
+            "stepwise",
+        ),
+    ],
+    ids=str,
+)
+def test_info_tells_the_code_of_a_gpu(pretend, gpu, code, line, name):
+    pretend(gpu, "some", code)
+    assert f"  its code      {line}" in info.report()
+    chosen, reason = ops.choose_backend("cuda:0", 512, BF16)
+    assert chosen == name and ("without code for 9.0a" in reason) == (gpu is WITHOUT_9_0A)
+
+
 # ---- on a GPU
 
 KERNEL_NAMES = """
@@ -174,3 +261,80 @@ def test_properties_of_the_gpu():
         assert gpu.has_cluster_code and gpu.has_warpgroup_code
         blocks = properties.multi_processor_count
         assert blocks // 2 <= 16 * gpu.clusters_of_16 <= 8 * gpu.clusters_of_8 <= blocks
+
+
+SHOW_LIBRARY = """
+import json, warnings
+import torch
+from sb_fast_sligru import _library, info, ops
+from sb_fast_sligru.reference import relative_error
+assert _library.__file__.startswith(sys.argv[1]) and _library.cuda_error is None
+
+def gradients(name, dtype):
+    torch.manual_seed(1)
+    wx = torch.randn(6, 40, 256).to("cuda", dtype).requires_grad_()
+    u = torch.randn(256, 128).to("cuda", dtype).requires_grad_()
+    with ops.backend(name):
+        h = ops.light_gru(wx, u, layer_norm=True, activation="tanh", bidirectional=True)
+    return h, *torch.autograd.grad(h.square().sum(), [wx, u])
+
+with ops.backend("persistent"):
+    try:
+        ops.choose_backend("cuda", 512, torch.bfloat16)
+        forced = ""
+    except RuntimeError as error:
+        forced = str(error)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    errors = [
+        max(map(relative_error, gradients("auto", dtype), gradients("reference", torch.float64)))
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    ]
+print(json.dumps({
+    "code": _library.gpu_code(ops.gpu(0).capability),
+    "gpu": ops.gpu(0)._asdict(),
+    "choice": ops.choose_backend("cuda", 512, torch.bfloat16),
+    "forced": forced,
+    "errors": errors,
+    "warnings": [str(w.message) for w in caught if "sb_fast_sligru" in str(w.message)],
+    "info": info.report(),
+}))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("archs", ["8.0+PTX", "8.0"])
+def test_a_library_that_was_built_for_older_gpus(tmp_path, archs):
+    """Of 8.0 alone: its PTX has no clusters, and without PTX a GPU of 9.0 can run none of it."""
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("this GPU has no clusters that could be missing")
+    for name in ("cuda_ops", "sb_fast_sligru"):
+        ignored = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    environment = os.environ | {"TORCH_CUDA_ARCH_LIST": archs, "PYTHONPATH": str(tmp_path)}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    build = subprocess.run(command, **options)
+    assert build.returncode == 0, build.stdout[-2000:] + build.stderr[-2000:]
+
+    script = "import sys\n" + SHOW_LIBRARY
+    process = subprocess.run([sys.executable, "-c", script, str(tmp_path)], **options)
+    assert process.returncode == 0, process.stderr
+    seen = json.loads(process.stdout.splitlines()[-1])
+    print(json.dumps(seen, indent=1))
+    assert not seen["gpu"]["has_cluster_code"] and not seen["gpu"]["has_warpgroup_code"]
+    name, reason = seen["choice"]
+    if archs == "8.0+PTX":
+        assert seen["code"] == "compute_80" and name == "stepwise" and not seen["warnings"]
+        expected = "the library was built without code for 9.0a or the GPU's own architecture"
+        assert reason == f"not persistent: {expected}"
+    else:
+        assert seen["code"] is None and name == "reference"
+        expected = "the library holds no code for compute capability 9.0, but for 8.0"
+        assert reason.startswith(expected) and expected in " ".join(seen["warnings"])
+    assert seen["forced"].startswith(f'backend("persistent") is forced, but {expected}')
+    for error, bound in zip(seen["errors"], (1e-11, 1e-4, 0.1), strict=True):
+        assert error < bound

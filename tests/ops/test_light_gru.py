@@ -1,18 +1,22 @@
 """The operator and its backends against the float64 PyTorch loop. Runs without SpeechBrain."""
 
+import asyncio
 import contextlib
 import itertools
 import math
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from sb_fast_sligru import _library, backend, info, machine, ops, reference
-from sb_fast_sligru.ops import _light_gru
+from sb_fast_sligru.ops import _backends, _light_gru
 from sb_fast_sligru.reference import relative_error
 
 # Backend, its device and the dtype that a test of more than rounding uses on it.
@@ -595,6 +599,148 @@ def test_second_derivative_is_refused_and_the_reference_has_it(name, device, dty
     first_gradient("reference").sum().backward()
 
 
+def derivatives_of_torch_func(function, x):
+    """What torch.func and forward-mode differentiation give, by name."""
+    tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype).to(x)
+    results = {
+        "jvp": torch.func.jvp(function, (x,), (tangent,))[1],
+        "jacfwd": torch.func.jacfwd(function)(x),
+        "linearize": torch.func.linearize(function, x)[1](tangent),
+        "grad": torch.func.grad(lambda x: function(x).square().sum())(x),
+        "vjp": torch.func.vjp(function, x)[1](function(x))[0],
+        "jacrev": torch.func.jacrev(function)(x),
+        "hessian": torch.func.hessian(lambda x: function(x).square().sum())(x),
+        "strategy": torch.autograd.functional.jacobian(
+            function, x, strategy="forward-mode", vectorize=True
+        ),
+    }
+    with forward_ad.dual_level():
+        results["dual"] = forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
+    return results
+
+
+@each_exact_backend
+@pytest.mark.parametrize("trains", [True, False], ids=["trains", "frozen"])
+@pytest.mark.filterwarnings("ignore:.*get_attr Node:UserWarning")
+def test_derivatives_that_kernels_lack_are_the_loops(name, device, dtype, trains, monkeypatch):
+    """Where nobody wants the weight's gradient, a tangent used to be dropped without a word."""
+    monkeypatch.setattr(_backends, "_warned", set())
+    arguments = make_inputs((2, 3, 4), "sligru", bidirectional=True)
+    wx, u = (arguments[key].to(device) for key in ("wx", "u"))
+    u.requires_grad_(trains)
+
+    def function(wx):
+        return ops.light_gru(wx, u, layer_norm=True, activation="tanh", bidirectional=True)
+
+    with pytest.warns(UserWarning, match=r"slow PyTorch loop.*backend\(.reference.\) has"):
+        ours = derivatives_of_torch_func(function, wx)
+    with backend("reference"):
+        expected = derivatives_of_torch_func(function, wx)
+    assert_close(ours, expected, 1e-14)
+    assert expected["jvp"].any() and expected["dual"].any()
+    dual = forward_ad.dual_level()
+    with backend(name):
+        with dual, pytest.raises(RuntimeError, match=r"no forward-mode.*backend\(.reference.\)"):
+            function(forward_ad.make_dual(wx, wx))
+        with pytest.raises(RuntimeError, match=r"no gradient for torch.func; backend\(.reference"):
+            torch.func.grad(lambda wx: function(wx).sum())(wx)
+        function(wx)  # and afterwards it serves again
+
+
+@each_exact_backend
+@pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning")
+def test_vmap(name, device, dtype):
+    """Also over the gradients of an ordinary backward pass."""
+    wx = torch.randn(5, 2, 3, 8, dtype=dtype, device=device, requires_grad=True)
+    u = torch.randn(8, 4, dtype=dtype, device=device)
+    with backend(name):
+        h = torch.vmap(lambda wx: ops.light_gru(wx, u, layer_norm=True))(wx)
+        for ours, each in zip(h, wx, strict=True):
+            assert relative_error(ours, ops.light_gru(each, u, layer_norm=True)) < 1e-14
+        single = ops.light_gru(wx[0], u, layer_norm=True)
+        upstream = torch.randn(3, *single.shape, dtype=dtype, device=device)
+        (batched,) = torch.autograd.grad(
+            single, wx, upstream, is_grads_batched=True, retain_graph=True
+        )
+        for ours, gradient in zip(batched, upstream, strict=True):
+            assert relative_error(ours, torch.autograd.grad(single, wx, gradient, True)[0]) < 1e-14
+
+
+CHANGES = {
+    "scaled": lambda h: h.mul_(2),
+    "masked": lambda h: h.masked_fill_(h > 0.1, 0),
+    "relu": torch.relu_,
+    "dropout": lambda h: torch.nn.functional.dropout(h, 0.0, inplace=True).add_(1),
+    "view": lambda h: h[:, :2].mul_(2),
+    "item": lambda h: h[0, 1].zero_(),
+    "no_grad": torch.no_grad()(lambda h: h.mul_(2)),
+    "twice": lambda h: h.mul_(2).add_(h.detach()),
+}
+
+
+@each_exact_backend
+@each_direction
+@pytest.mark.parametrize("option", ["sligru-affine-h0", "ligru-mask"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_output_changed_in_place(name, device, dtype, change, option, bidirectional):
+    arguments = make_inputs((3, 5, 6), option, bidirectional) | {"activation": "tanh"}
+    upstream = upstream_for(arguments)
+
+    def gradients(backend_name):
+        inputs = {
+            key: value.to(device).requires_grad_(key != "drop_mask")
+            if isinstance(value, torch.Tensor)
+            else value
+            for key, value in arguments.items()
+        }
+        wanted = [inputs[key] for key in NAMES if inputs[key] is not None]
+        with backend(backend_name):
+            h = ops.light_gru(**inputs)
+        change(h)
+        results = []
+        for _ in range(2):  # the graph may be used again, and the output changed between
+            results += torch.autograd.grad(h, wanted, upstream.to(device), retain_graph=True)
+        return dict(enumerate([h, *results]))
+
+    assert_close(gradients(name), gradients("reference"), 1e-12)
+
+
+@each_backend
+def test_a_changed_input_is_an_error_as_ever(name, device, dtype):
+    wx = torch.randn(2, 3, 32, dtype=dtype, device=device, requires_grad=True)
+    u = torch.randn(32, 16, dtype=dtype, device=device)
+    scaled = wx * 2
+    with backend(name):
+        h = ops.light_gru(scaled, u, layer_norm=True)
+    scaled.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
+
+
+@each_backend
+def test_an_unchanged_output_is_not_computed_again(name, device, dtype):
+    wx = torch.randn(2, 3, 32, dtype=dtype, device=device, requires_grad=True)
+    u = torch.randn(32, 16, dtype=dtype, device=device)
+    forwards = []
+    with backend(name):
+        for change in (lambda h: h * 2, lambda h: h.mul_(2)):
+            h = change(ops.light_gru(wx, u, layer_norm=True))
+            with torch.profiler.profile() as profile:
+                h.sum().backward()
+            forwards.append(sum(e.name == "sb_fast_sligru::light_gru" for e in profile.events()))
+    assert forwards == [0, 1]
+
+
+@each_backend
+def test_the_record_of_changes_holds_no_memory(name, device, dtype):
+    """Else a loss that is kept after its backward would keep h."""
+    wx = torch.randn(2, 3, 32, dtype=dtype, device=device, requires_grad=True)
+    u = torch.randn(32, 16, dtype=dtype, device=device)
+    with backend(name):
+        h = ops.light_gru(wx, u, layer_norm=True)
+    assert h.grad_fn.changes.counter.untyped_storage().nbytes() == 0
+
+
 @each_backend
 @each_option
 @each_direction
@@ -632,6 +778,35 @@ def test_compiles_in_one_graph_for_any_batch_and_length(name, device, dtype):
             wx.grad = u.grad = None
             (ops.light_gru(wx, u, layer_norm=True) * 2).sum().backward()
         assert torch.equal(ours[0], wx.grad) and torch.equal(ours[1], u.grad)
+
+
+# ---- counted operations
+
+
+@each_exact_backend
+@each_direction
+@each_option
+@pytest.mark.parametrize("wanted", ["all", "wx", "u", "h0", "wx u", "none"])
+@pytest.mark.parametrize("time", [1, 5])
+def test_flops_are_those_of_the_loop(name, device, dtype, time, wanted, option, bidirectional):
+    arguments = make_inputs((3, time, 8), option, bidirectional)
+    inputs = {
+        key: value.to(device).requires_grad_(
+            key in wanted.split() or wanted == "all" and key in NAMES
+        )
+        if isinstance(value, torch.Tensor)
+        else value
+        for key, value in arguments.items()
+    }
+
+    def count(backend_name):
+        with backend(backend_name), FlopCounterMode(display=False) as counter:
+            h = ops.light_gru(**inputs)
+            if h.requires_grad:
+                h.sum().backward()
+        return counter.get_total_flops()
+
+    assert count(name) == count("reference") > 0
 
 
 # ---- arguments
@@ -729,10 +904,154 @@ def test_backend_choice():
         ops.light_gru(torch.zeros(2, 3, 8), torch.zeros(8, 4), layer_norm=True)
 
 
+def forced():
+    return ops.choose_backend("cpu", 8, torch.float32)[0]
+
+
+def test_a_forced_backend_is_that_of_its_thread():
+    """Blocks of two threads that overlap, and a thread started within one."""
+    first, second = threading.Event(), threading.Event()
+    seen = {}
+
+    def run_in_thread():
+        first.wait()
+        with backend("auto"):
+            seen["other, inside"] = forced()
+            second.set()
+            first_ended.wait()
+        seen["other, after"] = forced()
+
+    first_ended = threading.Event()
+    other = threading.Thread(target=run_in_thread)
+    other.start()
+    with backend("reference"):
+        first.set()
+        second.wait()
+        seen["this, inside"] = forced()
+    first_ended.set()
+    other.join()
+    seen["this, after"] = forced()
+    assert seen == {
+        "other, inside": "cpu",
+        "other, after": "cpu",
+        "this, inside": "reference",
+        "this, after": "cpu",
+    }
+
+
+def test_a_forced_backend_is_that_of_its_task():
+    """Tasks that overlap keep their own; one that is started inside a block keeps the block's."""
+
+    async def task(name, wait, expected):
+        with backend(name):
+            await asyncio.sleep(wait)
+            assert forced() == expected
+            await asyncio.sleep(wait)
+        return forced()
+
+    async def child():
+        await asyncio.sleep(0.02)
+        return forced()
+
+    async def main():
+        with backend("reference"):
+            started_inside = asyncio.create_task(child())
+        tasks = task("reference", 0.01, "reference"), task("auto", 0.015, "cpu")
+        assert await asyncio.gather(*tasks) == ["cpu", "cpu"]
+        assert await started_inside == "reference"
+        assert forced() == "cpu"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_blocks_of_generators_may_end_in_any_order(order):
+    def block(name):
+        with backend(name):
+            yield
+
+    names = "reference", "auto", "reference"
+    generators = [block(name) for name in names]
+    for generator in generators:
+        next(generator)
+    opened = list(range(3))
+    for index in order:
+        generators[index].close()
+        opened.remove(index)
+        innermost = names[opened[-1]] if opened else "auto"
+        assert forced() == {"auto": "cpu"}.get(innermost, innermost)
+
+
+def test_an_error_ends_the_block():
+    with contextlib.suppress(KeyError), backend("reference"):
+        raise KeyError
+    assert forced() == "cpu"
+
+
+@each_exact_backend
+def test_the_backward_runs_where_the_forward_did(name, device, dtype):
+    """Outside of the block, in another thread, even where that one forces another backend."""
+    wx = torch.randn(2, 3, 8, dtype=dtype, device=device, requires_grad=True)
+    u = torch.randn(8, 4, dtype=dtype, device=device)
+    with backend(name):
+        h = ops.light_gru(wx, u, layer_norm=True)
+        changed = ops.light_gru(wx, u, layer_norm=True).mul_(1)
+    (expected,) = torch.autograd.grad(h.sum(), wx, retain_graph=True)
+    gradients = []
+
+    def differentiate():
+        with backend("reference"):
+            gradients.extend(torch.autograd.grad(t.sum(), wx)[0] for t in (h, changed))
+
+    thread = threading.Thread(target=differentiate)
+    thread.start()
+    thread.join()
+    assert len(gradients) == 2 and all(torch.equal(g, expected) for g in gradients)
+
+
+def test_a_compiled_function_follows_the_forced_backend():
+    """It is guarded: no graph of one backend serves another, in no thread; and `backend` traces."""
+    wx, u = torch.randn(2, 3, 8, requires_grad=True), torch.randn(8, 4)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.code))
+        return graph
+
+    def function(wx, u):
+        return ops.light_gru(wx, u, layer_norm=True)
+
+    def forcing(wx, u):
+        with backend("reference"):
+            h = ops.light_gru(wx, u, layer_norm=True)
+        return h + ops.light_gru(wx, u, layer_norm=True)
+
+    def call_in_thread():
+        thread = threading.Thread(target=compiled, args=(wx, u))
+        thread.start()
+        thread.join()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=keep)
+    compiled(wx, u)
+    for _ in range(3):
+        with backend("reference"):
+            compiled(wx, u)
+            call_in_thread()  # which forces nothing
+    compiled(wx, u)
+    uses = ["sb_fast_sligru.light_gru" in code for code in graphs]
+    assert uses[:2] == [True, False] and len(graphs) <= 3
+    graphs.clear()
+    torch.compile(forcing, fullgraph=True, backend=keep)(wx, u)
+    assert len(graphs) == 1 and graphs[0].count("sb_fast_sligru.light_gru") == 1
+    assert forced() == "cpu"
+
+
 def test_reason_why_a_gpu_layer_is_not_persistent(monkeypatch):
     """As choose_backend words it; test_choice_on_a_gpu asks the kernels themselves."""
     reasons = {torch.float32: "", torch.float64: "it takes no float64"}
     monkeypatch.setattr(_library, "cuda_error", None)
+    monkeypatch.setattr(_light_gru, "_query_missing_code", lambda device: "")
     monkeypatch.setattr(_light_gru, "_query_persistent", lambda _, dtype, device: reasons[dtype])
     assert ops.choose_backend("cuda:0", 512, torch.float32) == ("persistent", "the fastest")
     double = ops.choose_backend("cuda:0", 512, torch.float64)
