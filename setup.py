@@ -76,7 +76,9 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 def extensions():
     # An enumerator that a switch forgets is an error: kernels must not run as another.
-    host = ["-O3", "-fvisibility=hidden", "-Werror=switch", *STABLE_ABI]
+    exhaustive = "-Werror=switch"
+    host = ["-O3", "-fvisibility=hidden", exhaustive, *STABLE_ABI]
+    device = ["-O3", f"-Xcompiler={exhaustive}", *STABLE_ABI]
     vectorise = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
     yield cpp_extension.CppExtension(
         f"{PACKAGE}._C",
@@ -90,7 +92,7 @@ def extensions():
             f"{PACKAGE}._C_cuda",
             CUDA_SOURCES,
             include_dirs=INCLUDE,
-            extra_compile_args={"cxx": [*host, "-DUSE_CUDA"], "nvcc": ["-O3", *STABLE_ABI]},
+            extra_compile_args={"cxx": [*host, "-DUSE_CUDA"], "nvcc": device},
             py_limited_api=True,
         )
 

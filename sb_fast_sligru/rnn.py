@@ -132,7 +132,7 @@ class _LightGRULayer:
             if self.norm.momentum is None:  # the average of all batches so far
                 before -= before / self.norm.num_batches_tracked
             else:
-                before -= before * self.norm.momentum
+                before *= 1 - self.norm.momentum
             # running_var is now (1 - momentum) before + momentum var n / (n - 1). Autograd has
             # saved it for the gradient of evaluation mode; `data` keeps that from being an error.
             added = self.norm.running_var - before
