@@ -1,7 +1,9 @@
 """What CONTRIBUTING.md and cuda_ops/README.md say of folders, files, tests and kernels is so."""
 
 import re
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from helpers import ROOT
 
 from sb_fast_sligru import ops
 
+H200 = ops.Gpu(90, True, True, 227 * 1024, 32, 15, 7)
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
@@ -36,26 +39,61 @@ def test_what_the_picture_shows_is_there(path):
 
 
 def test_the_picture_shows_every_folder():
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git repository")
     tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+        [git, "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    folders = {path[: path.rindex("/") + 1] for path in tracked if "/" in path}
+    folders = {f"{folder}/" for path in tracked for folder in Path(path).parents[:-1]}
     assert folders - set(PATHS) == set()
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", CONTRIBUTING))))
 def test_named_tests_exist(name):
-    text = (ROOT / "tests/ops/test_light_gru.py").read_text(encoding="utf-8")
-    assert f"def {name}(" in text
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests/ops").glob("test_*.py")]
+    assert any(f"def {name}(" in text for text in tests)
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([\w-]+(?:/[\w.-]+)+)`", CONTRIBUTING))))
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`([\w-]+(?:/[\w.-]+)+/?)`", CONTRIBUTING)))
+)
 def test_named_paths_exist(name):
     if not re.search("NAME", name):  # what a reader would add
         assert any(
             (ROOT / top / name).exists()
             for top in ("", "sb_fast_sligru", "cuda_ops", "cuda_ops/light_gru")
         )
+
+
+FILES = sorted(set(re.findall(r"`([\w-]+\.(?:py|h|cuh?|cpp|md))`", CONTRIBUTING)))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "NAME" not in name])
+def test_files_named_without_their_folder_exist(name):
+    folders = [ROOT / top for top in ("cuda_ops", "sb_fast_sligru", "recipes")]
+    assert (ROOT / name).exists() or any(any(folder.rglob(name)) for folder in folders)
+
+
+def test_the_numbers_of_the_batch_and_of_the_drawing():
+    """They are the choice of a kernel on an H200."""
+    clusters, blocks, rows = re.search(
+        r"`wide`: (\d+) clusters of (\d+) blocks, (\d+) rows each", CONTRIBUTING
+    ).groups()
+    choice = ops.choose_kernel(H200, 1024, 48, torch.bfloat16, "forward")
+    assert (choice.kernel, choice.cluster, choice.rows) == ("wide", int(blocks), int(rows))
+    assert int(clusters) * choice.rows == 48
+    assert ops.choose_kernel(H200, 1024, 48, torch.bfloat16, "backward").kernel == "wide"
+
+    numbers = re.search(
+        r"`forward_narrow.cu`, H = (\d+), (\d+) rows, 16-bit operands: "
+        r"(\d+) clusters x (\d+) blocks x (\d+) warps",
+        CONTRIBUTING,
+    ).groups()
+    hidden, rows, clusters, blocks, warps = map(int, numbers)
+    choice = ops.choose_kernel(H200, hidden, rows, torch.bfloat16, "forward")
+    assert (choice.kernel, choice.cluster) == ("narrow", blocks)
+    assert clusters * choice.rows == rows and 8 * warps == choice.units
 
 
 def test_the_table_of_kernels_is_that_of_the_library():
@@ -65,12 +103,11 @@ def test_the_table_of_kernels_is_that_of_the_library():
         r"^\| `(\w+)` \| (16-bit|float32) \| to (\d+) \| (\d+) \| (\d+) \| (\d+) \|", readme, re.M
     )
     said = {(name, kind, *map(int, numbers)) for name, kind, *numbers in lines}
-    gpu = ops.Gpu(90, True, True, 227 * 1024, 32, 15, 7)
     taken = set()
     for kind, dtype in (("16-bit", torch.bfloat16), ("float32", torch.float32)):
         for hidden in (128, 256, 512, 1024):
             for rows in (28, 128, 280):  # that fill clusters
-                choice = ops.choose_kernel(gpu, hidden, rows, dtype, "forward")
+                choice = ops.choose_kernel(H200, hidden, rows, dtype, "forward")
                 taken.add((choice.kernel, kind, hidden, *choice[1:4]))
     most = {}
     for *key, rows in taken:
