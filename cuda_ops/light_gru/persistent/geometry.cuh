@@ -11,10 +11,11 @@
 
 namespace sb_fast_sligru {
 
-// A block owns 32 units, 8 a warp; a cluster serves 4 rows. The 8 columns of an m16n8k16 product
-// hold every row twice (column n is row n / 2), so that every lane of the accumulator owns one
-// valid value. Why 4 rows: the exchange, bound by bytes and messages into a block, is most of a
-// step. In 16-bit types there are blocks of two such parts, 64 units, too: see choice.h.
+// A block owns 32 units, 8 a warp; a cluster serves 4 rows. Column n of the 8 of an m16n8k16 product
+// is row n / 2, so that every lane of the accumulator owns one valid value (backward holds every row
+// twice, forward leaves the odd columns unused). Why 4 rows: the exchange, bound by bytes and
+// messages into a block, is most of a step. In 16-bit types there are blocks of two such parts, 64
+// units, too: see choice.h.
 constexpr int kRows = 4;
 constexpr int kWarps = 4;
 constexpr int kBlockUnits = 8 * kWarps;
