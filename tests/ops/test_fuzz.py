@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import gc
 import math
 import os
 
@@ -373,23 +374,11 @@ def test_float64_on_a_gpu(capsys):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["auto", "stepwise"])
-def test_low_precision_on_a_gpu(capsys, name):
-    ratios = {}
-    for random in draw_cases(capsys, f"operator, 16-bit and float32 on a GPU, {name}", 1500):
-        for precision, ratio in assert_low_precision_layer(random, name, "cuda", **GPU_SIZES):
-            ratios.setdefault(precision, []).append(ratio)
-    assert_means_are_no_worse(ratios, 2)
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.parametrize("only_nan", [True, False], ids=["NaN", "NaN-Inf"])
-def test_not_finite_on_a_gpu(capsys, only_nan):
+def test_nan_on_a_gpu(capsys):
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    for random in draw_cases(capsys, "operator, not finite on a GPU", 1500):
+    for random in draw_cases(capsys, "operator, NaN on a GPU", 1500):
         dtype = random.choice(dtypes)
-        assert_spoiled_layer(random, "auto", "cuda", dtype, only_nan, **GPU_SIZES)
+        assert_spoiled_layer(random, "auto", "cuda", dtype, True, **GPU_SIZES)
 
 
 @pytest.mark.gpu
@@ -397,6 +386,7 @@ def test_not_finite_on_a_gpu(capsys, only_nan):
 def test_memory_of_a_gpu_does_not_grow(dtype):
     wx = torch.randn(4, 20, 128, dtype=dtype, device="cuda", requires_grad=True)
     u = torch.randn(128, 64, dtype=dtype, device="cuda", requires_grad=True)
+    gc.collect()  # of what earlier tests left in cycles
     allocated = []
     for _ in range(2000):
         h = ops.light_gru(wx, u, layer_norm=True)
