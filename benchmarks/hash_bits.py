@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import platform
 import sys
 
 import torch
@@ -108,10 +109,14 @@ def main():
     arguments = parser.parse_args()
     device = arguments.device
     hashes = {case[0]: digest(device, *case) for case in cases(device)}
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    machine = {
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "cpu": platform.processor() or platform.machine(),
+    }
+    report = {"machine": machine, "torch": torch.__version__, "hashes": hashes}
     with open(arguments.output, "w", encoding="utf-8") as file:
-        json.dump({"device": name, "torch": torch.__version__, "hashes": hashes}, file, indent=1)
-    print(f"{len(hashes)} cases on {name}")
+        json.dump(report, file, indent=1)
+    print(f"{len(hashes)} cases on {machine['gpu'] or machine['cpu']}")
     if arguments.compare is None:
         return
     with open(arguments.compare, encoding="utf-8") as file:
