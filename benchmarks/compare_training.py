@@ -178,6 +178,7 @@ def train_run(variant, seed, tf32):
             train_loader_kwargs=loader_options,
             valid_loader_kwargs=hparams["valid_dataloader_opts"],
         )
+        epochs = brain.history  # the test goes back to the best epoch's
         test = {split: brain.test(split, data) for split, data in _worker.test_data.items()}
         used = ops.choose_backend(device, hparams["rnn_neurons"], torch.float32)[0]
     return study.about | {
@@ -190,7 +191,7 @@ def train_run(variant, seed, tf32):
         "utterances": brain.utterances.hexdigest(),
         "seconds": round(time.monotonic() - start, 2),
         "tested_epoch": hparams["epoch_counter"].current,
-        "epochs": brain.history,
+        "epochs": epochs,
         "unknown_speakers": test[UNKNOWN_SPEAKERS],
         "known_speakers": test[KNOWN_SPEAKERS],
     }

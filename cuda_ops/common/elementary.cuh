@@ -26,9 +26,15 @@ __device__ __forceinline__ float fast_sigmoid(float x) {
   return reciprocal(1.f + fast_exponential(-x));
 }
 
-// Absolute error 2^-22, without a branch.
+// Up to 1/2, where 1 - 2 / (1 + e^2x) cancels, by a polynomial; without a branch. 2^-21.
 __device__ __forceinline__ float fast_tanh(float x) {
-  return fmaf(-2.f, reciprocal(1.f + fast_exponential(2.f * x)), 1.f);
+  const float x2 = x * x;
+  float p = fmaf(1.72413588e-2f, x2, -5.30454442e-2f);
+  p = fmaf(p, x2, 1.33258790e-1f);
+  p = fmaf(p, x2, -3.33331436e-1f);
+  const float small = fmaf(p * x2, x, x);
+  const float large = fmaf(-2.f, reciprocal(1.f + fast_exponential(2.f * x)), 1.f);
+  return fabsf(x) < 0.5f ? small : large;  // NaN: large
 }
 
 // sin(x) and cos(x) to 2^-23 absolute: the sine of what x is beyond a multiple (cosine: an odd

@@ -208,8 +208,8 @@ def light_gru(
         [B, T, H], or [B, T, 2H] if bidirectional (forward half, then backward half, both in true
         time order), of u's dtype. Under `torch.autocast` u stays float32 and only the operands of
         the matrix products are 16-bit, so h is float32, as SpeechBrain's layers return it. The
-        backend "persistent" multiplies float32 as pairs of float16: where |h| reaches 65520 it
-        returns NaN.
+        backend "persistent" multiplies float32 as pairs of float16: where |h| reaches 65520, or u
+        is infinite, it returns NaN, and near 0 a product's h is rounded to multiples of 3e-11.
 
     Raises
     ------

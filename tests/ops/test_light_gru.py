@@ -28,6 +28,14 @@ PERSISTENT = pytest.param(
 PERSISTENT_FLOAT32 = pytest.param(
     "persistent", "cuda", torch.float32, id="persistent-float32", marks=pytest.mark.gpu
 )
+CPU_AND_GPU = [
+    pytest.param(name, device, id=name, marks=marks)
+    for name, device, marks in (
+        ("cpu", "cpu", ()),
+        ("stepwise", "cuda", pytest.mark.gpu),
+        ("persistent", "cuda", pytest.mark.gpu),
+    )
+]
 each_backend = pytest.mark.parametrize(
     "name, device, dtype", [CPU, STEPWISE, PERSISTENT, PERSISTENT_FLOAT32]
 )
@@ -332,6 +340,17 @@ def test_float32_weights_and_states_of_any_scale(scale):
         eager = run("reference", case, None, "cuda", torch.float32)
         bounds = {key: 3 * relative_error(value, exact[key]) + 1e-7 for key, value in eager.items()}
         assert_close(run("persistent", case, None, "cuda", torch.float32), exact, bounds)
+
+
+@pytest.mark.parametrize("name, device", CPU_AND_GPU)
+@each_activation
+@pytest.mark.parametrize("scale", [1e-2, 1e-4])
+def test_small_numbers_keep_their_digits(name, device, activation, scale):
+    """A tanh of 1 - 2 / (1 + e^2x) would lose those of a small x."""
+    arguments = make_inputs((5, 9, 64), "ligru-mask") | {"activation": activation}
+    arguments["wx"] = (arguments["wx"] * scale).float().double()
+    exact = run("reference", arguments)
+    assert_close(run(name, arguments, None, device, torch.float32), exact, 2e-6)
 
 
 @pytest.mark.gpu
