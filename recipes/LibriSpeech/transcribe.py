@@ -7,9 +7,9 @@ files below it. Any sample rate and number of channels will do. Control characte
 of a name are printed as in Python's strings. A file that cannot be read is reported on stderr and
 makes the exit code 1; the others are transcribed all the same.
 
-A recording that is longer than all that the recogniser was trained on is cut at its pauses, and the
-texts of its parts are joined: no recogniser, least of all one with attention, can be relied on
-beyond that length. `--max_segment_length` sets another one, in seconds.
+A recogniser with attention fails on a recording longer than all that it was trained on: such a one
+is cut at its pauses, and the texts of its parts are joined. `--max_segment_length` sets a length,
+in seconds, for CTC too, which needs none.
 
 Files are transcribed one at a time, in the order given, or the longest first in batches of up to
 `--max_batch_length` seconds: quicker where there are many, but the padding of the shorter ones may
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from sligru_recipes.inference.audio import find_audio, printable
 from sligru_recipes.inference.recogniser import load_recogniser
-from sligru_recipes.inference.transcribe import transcribe
+from sligru_recipes.inference.transcribe import longest_recording, transcribe
 
 
 def main(arguments=None):
@@ -38,7 +38,7 @@ def main(arguments=None):
     parser.add_argument(
         "--max_segment_length",
         type=_seconds,
-        help="s; longer recordings are cut (default: the longest utterance of training)",
+        help="s; longer recordings are cut (default: training's longest utterance; CTC: never)",
     )
     parser.add_argument(
         "--trust", action="store_true", help="load the folder's YAML even if it can run any code"
@@ -48,9 +48,7 @@ def main(arguments=None):
         recogniser = load_recogniser(options.folder, options.device, options.trust)
     except (OSError, ValueError) as error:
         sys.exit(f"transcribe: {error}")
-    longest = options.max_segment_length
-    if longest is None:
-        longest = getattr(recogniser.hparams, "longest_train_utterance", None)
+    longest = options.max_segment_length or longest_recording(recogniser)
     if longest is None:
         _report(f"{options.folder} does not tell its longest utterance of training: nothing is cut")
         longest = math.inf

@@ -517,6 +517,14 @@ def test_batches_decode_as_many_frames_as_single_files(request, fixture, monkeyp
         assert torch.round(shares * states.shape[1]).int().tolist() == expected
 
 
+def test_frames_without_time_pooling():
+    stft = SimpleNamespace(hop_length=160)
+    encoder = SimpleNamespace(
+        compute_features=SimpleNamespace(compute_STFT=stft), enc=SimpleNamespace()
+    )
+    assert count_frames(encoder, 1600) == (11, 11)
+
+
 # Long recordings
 
 
@@ -581,10 +589,11 @@ def test_silence_has_no_text(recogniser, tmp_path, seconds):
     assert transcribed(recogniser, files, max_segment_length=5.0) == {files[0]: ""}
 
 
-@pytest.mark.parametrize("fixture", ["exported", "seq2seq_exported"])
-def test_long_recordings_are_transcribed(request, fixture, audio, tmp_path, capsys, caplog):
-    """As their parts are; cut at the longest utterance of training, or at the option's length."""
-    folder = request.getfixturevalue(fixture)
+def test_attention_hears_long_recordings_in_parts(
+    seq2seq_exported, audio, tmp_path, capsys, caplog
+):
+    """Cut at the longest utterance of training."""
+    folder = seq2seq_exported
     pause = np.zeros(16000)
     samples = [part for path in audio for part in (soundfile.read(path)[0], pause)]
     path = tmp_path / "long.wav"
@@ -603,6 +612,16 @@ def test_long_recordings_are_transcribed(request, fixture, audio, tmp_path, caps
     assert f"{path}: " in caplog.text and f"into {len(parts)} parts of at most" in caplog.text
 
 
+def test_ctc_hears_long_recordings_whole(exported, recogniser, audio, tmp_path, capsys, caplog):
+    path = tmp_path / "long.wav"
+    samples = np.concatenate([soundfile.read(path)[0] for path in audio])
+    soundfile.write(path, samples, 16000, "FLOAT")
+    transcribe_files([str(exported), str(path), "--device=cpu"])
+    assert len(samples) / 16000 > recogniser.hparams.longest_train_utterance
+    assert "parts" not in caplog.text
+    assert capsys.readouterr().out == f"{path}\t{recogniser.transcribe_file(str(path))}\n"
+
+
 def test_length_of_the_parts_is_an_option(exported, recogniser, audio, capsys, caplog):
     options = [str(exported), str(audio[0]), "--device=cpu"]
     transcribe_files([*options, "--max_segment_length=1"])
@@ -616,8 +635,10 @@ def test_length_of_the_parts_is_an_option(exported, recogniser, audio, capsys, c
     assert text == f"{audio[0]}\t{recogniser.transcribe_file(str(audio[0]))}"
 
 
-def test_folders_that_do_not_tell_their_longest_utterance(exported, audio, tmp_path, capsys):
-    folder = shutil.copytree(exported, tmp_path / "folder")
+def test_folders_that_do_not_tell_their_longest_utterance(
+    seq2seq_exported, audio, tmp_path, capsys
+):
+    folder = shutil.copytree(seq2seq_exported, tmp_path / "folder")
     yaml = (folder / "hyperparams.yaml").read_text()
     (folder / "hyperparams.yaml").write_text(re.sub("^longest_train.*\n", "", yaml, flags=re.M))
     transcribe_files([str(folder), str(audio[0]), "--device=cpu"])

@@ -22,5 +22,8 @@ def count_frames(encoder, samples):
 
 def strides(encoder):
     """Samples from one frame of features to the next, and frames in one of states."""
-    pooling = encoder.enc.time_pooling.pool_layer
-    return encoder.compute_features.compute_STFT.hop_length, pooling.kernel_size[-1]
+    pooling = getattr(encoder.enc, "time_pooling", None)  # CRDNN's key of that name may be False
+    return (
+        encoder.compute_features.compute_STFT.hop_length,
+        1 if pooling is None else pooling.pool_layer.kernel_size[-1],
+    )

@@ -1,5 +1,6 @@
 """Audio files to texts, one at a time or in batches of like durations."""
 
+import math
 from itertools import islice
 
 import torch
@@ -74,6 +75,17 @@ def transcribe(recogniser, files, max_batch_length=0.0, max_segment_length=float
         in_order = (texts[number] for number in range(len(signals)))
         for number, cut in parts.items():
             yield files[number], " ".join(filter(None, islice(in_order, len(cut)))), None
+
+
+def longest_recording(recogniser):
+    """Seconds that a recogniser can hear in one piece, None if its folder does not tell.
+
+    An attention decoder loses its place beyond what it was trained on. CTC has none to lose, and
+    cuts within speech would cost it words.
+    """
+    if isinstance(recogniser, EncoderDecoderASR):
+        return getattr(recogniser.hparams, "longest_train_utterance", None)
+    return math.inf
 
 
 def _recognise(recogniser, signals):
