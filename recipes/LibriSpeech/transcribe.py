@@ -2,18 +2,29 @@
 
     python recipes/LibriSpeech/transcribe.py FOLDER speech.wav recordings/ [--max_batch_length 120]
 
-prints a line `NAME<TAB>TEXT` for each file, in the order given; of a folder all WAV and FLAC files
-below it. Any sample rate and number of channels will do. A file that cannot be read is reported on
-stderr and makes the exit code 1; the others are transcribed all the same.
+prints a line `NAME<TAB>TEXT` for each file as soon as it is done; of a folder all WAV and FLAC
+files below it. Any sample rate and number of channels will do. Control characters and backslashes
+of a name are printed as in Python's strings. A file that cannot be read is reported on stderr and
+makes the exit code 1; the others are transcribed all the same.
 
-Files are transcribed one at a time, or in batches of up to `--max_batch_length` seconds: quicker
-where there are many, but the padding of the shorter ones may change a letter here and there.
+A recogniser with attention fails on a recording longer than all that it was trained on: such a one
+is cut at its pauses, and the texts of its parts are joined. `--max_segment_length` sets a length,
+in seconds, for CTC too, which needs none.
+
+Files are transcribed one at a time, in the order given, or the longest first in batches of up to
+`--max_batch_length` seconds: quicker where there are many, but the padding of the shorter ones may
+change a letter here and there.
 """
 
 import argparse
+import math
 import sys
 
-from sligru_recipes.inference.transcribe import find_audio, load_recogniser, transcribe
+from tqdm import tqdm
+
+from sligru_recipes.inference.audio import find_audio, printable
+from sligru_recipes.inference.recogniser import load_recogniser
+from sligru_recipes.inference.transcribe import longest_recording, transcribe
 
 
 def main(arguments=None):
@@ -22,22 +33,51 @@ def main(arguments=None):
     parser.add_argument("audio", nargs="+", help="WAV or FLAC files, or folders of them")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     parser.add_argument(
-        "--max_batch_length", type=float, default=0.0, help="s of audio in a batch; 0: no batches"
+        "--max_batch_length", type=_seconds, help="s of audio in a batch (default: no batches)"
+    )
+    parser.add_argument(
+        "--max_segment_length",
+        type=_seconds,
+        help="s; longer recordings are cut (default: training's longest utterance; CTC: never)",
+    )
+    parser.add_argument(
+        "--trust", action="store_true", help="load the folder's YAML even if it can run any code"
     )
     options = parser.parse_args(arguments)
     try:
-        files = find_audio(options.audio)
-        recogniser = load_recogniser(options.folder, options.device)
-    except (OSError, RuntimeError) as error:
+        recogniser = load_recogniser(options.folder, options.device, options.trust)
+    except (OSError, ValueError) as error:
         sys.exit(f"transcribe: {error}")
-    texts, errors = transcribe(recogniser, files, options.max_batch_length)
-    for file in files:
-        if file in texts:
-            print(f"{file}\t{texts[file]}")
-    for file, reason in errors.items():
-        print(f"transcribe: {file}: {reason}", file=sys.stderr)
-    if errors:
+    longest = options.max_segment_length or longest_recording(recogniser)
+    if longest is None:
+        _report(f"{options.folder} does not tell its longest utterance of training: nothing is cut")
+        longest = math.inf
+    sys.stdout.reconfigure(errors="backslashreplace")  # names need not be text
+    files, errors = find_audio(options.audio)
+    for path, error in errors.items():
+        _report(f"{printable(path)}: {error}")
+    done = transcribe(recogniser, files, options.max_batch_length or 0.0, longest)
+    failed = bool(errors)
+    for file, text, error in tqdm(done, "transcribing", len(files), unit="file", disable=None):
+        with tqdm.external_write_mode():
+            if error is None:
+                print(f"{printable(file)}\t{text}", flush=True)
+            else:
+                _report(f"{printable(file)}: {error}")
+                failed = True
+    if failed:
         sys.exit(1)
+
+
+def _seconds(text):
+    seconds = float(text)
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return seconds
+
+
+def _report(line):
+    print(f"transcribe: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

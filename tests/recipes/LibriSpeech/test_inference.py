@@ -1,12 +1,15 @@
 """From a run to transcripts: the exported folder, SpeechBrain's inference, transcribe.py."""
 
+import os
 import re
 import shutil
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import speechbrain as sb
 import torch
 import torchaudio
 from helpers import ROOT
@@ -18,9 +21,14 @@ import export_inference
 import train_ctc
 import train_lm
 import train_seq2seq
-from sligru_recipes.inference import transcribe
+from sligru_recipes.inference import audio as audio_files
+from sligru_recipes.inference import transcribe as transcribe_module
 from sligru_recipes.inference.export import _entries, _needed, export
+from sligru_recipes.inference.frames import count_frames
+from sligru_recipes.inference.recogniser import KNOWN, check_tags, load_recogniser
+from sligru_recipes.inference.transcribe import _batches, transcribe
 from sligru_recipes.training import brain
+from sligru_recipes.training.recogniser import ASR
 from transcribe import main as transcribe_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,7 +89,14 @@ def exported(run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recogniser(exported):
-    return transcribe.load_recogniser(exported, "cpu")
+    return load_recogniser(exported, "cpu")
+
+
+def transcribed(recogniser, files, **options):
+    """File -> text; all must be readable."""
+    done = list(transcribe(recogniser, files, **options))
+    assert [error for *_, error in done if error is not None] == []
+    return {file: text for file, text, _ in done}
 
 
 def hypotheses(run):
@@ -183,7 +198,7 @@ def test_stock_checkpoint_gives_the_same_transcripts_with_our_rnn(corpus, audio,
 
 def test_weights_that_do_not_fit_are_refused(exported):
     with pytest.raises(RuntimeError, match="size mismatch"):
-        transcribe.EncoderASR.from_hparams(source=str(exported), overrides={"cnn_channels": [8]})
+        EncoderASR.from_hparams(source=str(exported), overrides={"cnn_channels": [8]})
 
 
 def test_folders_that_are_no_runs(run, tmp_path, capsys):
@@ -203,6 +218,152 @@ def test_folders_that_are_no_runs(run, tmp_path, capsys):
         export_inference.main([str(copy)])
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        (".", "is the folder of the run itself"),
+        ("link", "is the folder of the run itself"),
+        ("save", "is for the run's checkpoints"),
+        ("save/new/folder", "is for the run's checkpoints"),
+        ("train_log.txt", "is not a folder"),
+        ("theirs", "has a hyperparams.yaml that no export made"),
+        ("weights", "has a model.ckpt that no export made"),
+        ("dangling", "has a tokenizer.ckpt that no export made"),
+    ],
+)
+def test_export_overwrites_nothing_but_an_earlier_export(run, tmp_path, target, reason):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "link").symlink_to(copy)
+    for name in ("theirs/hyperparams.yaml", "weights/model.ckpt"):
+        (copy / name).parent.mkdir()
+        (copy / name).write_text("a: 1")
+    (copy / "dangling").mkdir()
+    (copy / "dangling/tokenizer.ckpt").symlink_to(copy / "nowhere")
+    before = contents(copy)
+    with pytest.raises(SystemExit, match=f"^export_inference: [^\n]*{target} {reason}[^\n]*$"):
+        export_inference.main([str(copy), f"{copy}/{target}"])
+    assert contents(copy) == before
+
+
+def test_export_beside_other_files_and_again(run, exported, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for _ in range(2):
+        export(run, tmp_path)
+        (tmp_path / "model.ckpt").write_bytes(b"to be replaced")
+    export(run, tmp_path)
+    expected = {path.name: text for path, text in contents(exported).items()}
+    found = {path.name: text for path, text in contents(tmp_path).items()}
+    assert found == expected | {"notes.txt": b"mine"}
+
+
+def test_full_disk_leaves_the_earlier_export(run, tmp_path, monkeypatch):
+    folder = export(run, tmp_path / "folder")
+    before = contents(folder)
+
+    def fail(source, target):
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(SystemExit, match="^export_inference: .*No space left"):
+        export_inference.main([str(run), str(folder)])
+    assert contents(tmp_path) == before
+
+
+def test_folders_without_a_run_s_yaml_are_no_runs(exported, tmp_path):
+    for yaml in ("", "a: [", "just text"):
+        (tmp_path / "hyperparams.yaml").write_text(yaml)
+        with pytest.raises(SystemExit, match=f"^export_inference: {tmp_path}[^\n]*$"):
+            export_inference.main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="is not the folder of a run: no key save_folder$"):
+        export_inference.main([str(exported)])
+
+
+def test_export_tells_the_longest_utterance_of_training(run, recogniser, audio, tmp_path, caplog):
+    seconds = [soundfile.info(path).duration for path in audio]  # train has the same
+    assert recogniser.hparams.longest_train_utterance == max(seconds)
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "save/train.csv").unlink()
+    folder = export(copy)
+    assert "train.csv" in caplog.text
+    assert "longest_train" not in (folder / "hyperparams.yaml").read_text()
+
+
+# What a folder's YAML may name
+
+
+def test_yaml_of_the_recipes_is_known(exported, seq2seq_run_with_language_model):
+    """Also where another YAML was loaded before: HyperPyYAML then sees tuples at once."""
+    yaml = ""
+    for folder in (exported, seq2seq_run_with_language_model / "inference"):
+        check_tags(folder / "hyperparams.yaml")
+        yaml += (folder / "hyperparams.yaml").read_text()
+    named = {name for _, name in re.findall("!(new|name):([\\w.]+)", yaml)}
+    assert "sb_fast_sligru.SLiGRU" in named and named < KNOWN
+
+
+@pytest.mark.parametrize(
+    ("line", "tag"),
+    [
+        ("x: !apply:os.system [touch {}]", "!apply:os.system"),
+        ("x: !new:os.system [touch {}]", "!new:os.system"),
+        ("x: !new:subprocess.Popen {{args: [touch, {}]}}", "!new:subprocess.Popen"),
+        ("x: !name:os.system", "!name:os.system"),
+        ("x: !module:os", "!module:os"),
+        ("x: !applyref:os.system [touch {}]", "!applyref:os.system"),
+        ("x: !include:more.yaml", "!include:more.yaml"),
+        ("x: !<!apply:os.system> [touch {}]", "!apply:os.system"),
+        ("x: !!python/object/apply:os.system [touch {}]", "python/object/apply:os.system"),
+        ("x: (!!python/object/apply:os.system ['touch {}'])", "!!python/object/apply:os.system"),
+        ('x: "(!!python/object/apply:os.system [touch {}])"', "!!python/object/apply:os.system"),
+        ("x: !tuple '[!!python/name:os.system ]'", "!!python/name:os.system"),
+        (
+            'a: "(!!python/object/apply:os"\nx: !ref <a>.system [touch {}])',
+            "!!python/object/apply:os",
+        ),
+        (
+            'a: "!"\nb: "(" \nx: !ref <b><a><a>python/object/apply:os.system [touch {}])',
+            "!!python/object/apply:os.system",
+        ),
+        ("? !new:os.system [touch {}]\n: 1", "!new:os.system"),
+        ("x: !new:torch.nn.os.system [touch {}]", "!new:torch.nn.os.system"),
+    ],
+)
+def test_yaml_that_could_run_code_is_refused(exported, audio, tmp_path, line, tag):
+    folder = shutil.copytree(exported, tmp_path / "folder")
+    trace = tmp_path / "trace"
+    with open(folder / "hyperparams.yaml", "a") as file:
+        file.write("\n" + line.format(trace) + "\n")
+    message = f"^transcribe: {folder}/hyperparams.yaml has the tag {re.escape(tag)} in line \\d+"
+    with pytest.raises(SystemExit, match=message):
+        transcribe_files([str(folder), str(audio[0]), "--device=cpu"])
+    assert not trace.exists()
+
+
+def test_trusted_yaml_may_name_anything(exported, audio, tmp_path, capsys):
+    """As SpeechBrain's own classes load it: an RNN of the user's, for instance."""
+    folder = shutil.copytree(exported, tmp_path / "folder")
+    with open(folder / "hyperparams.yaml", "a") as file:
+        file.write("x: !apply:operator.add [1, 2]\n")
+    transcribe_files([str(folder), str(audio[0]), "--device=cpu", "--trust"])
+    assert capsys.readouterr().out.startswith(f"{audio[0]}\t")
+    assert load_recogniser(folder, "cpu", trust=True).hparams.x == 3
+
+
+@pytest.mark.parametrize("damage", ["model.ckpt", "normalizer.ckpt", "tokenizer.ckpt", "YAML"])
+def test_damaged_folders_end_in_one_line(exported, audio, tmp_path, damage):
+    folder = shutil.copytree(exported, tmp_path / "folder")
+    if damage == "YAML":
+        (folder / "hyperparams.yaml").write_text("a: [")
+    else:
+        (folder / damage).write_bytes(b"")
+    with pytest.raises(SystemExit, match=f"^transcribe: {folder}[^\n]+$"):
+        transcribe_files([str(folder), str(audio[0]), "--device=cpu"])
+
+
 # Seq2seq
 
 
@@ -210,6 +371,11 @@ def test_folders_that_are_no_runs(run, tmp_path, capsys):
 def seq2seq_run(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("seq2seq")
     return train(train_seq2seq, "librispeech_seq2seq.yaml", corpus, folder, *SEQ2SEQ)
+
+
+@pytest.fixture(scope="module")
+def seq2seq_exported(seq2seq_run, tmp_path_factory):
+    return export(seq2seq_run, tmp_path_factory.mktemp("seq2seq exported"))
 
 
 @pytest.fixture(scope="module")
@@ -231,10 +397,9 @@ def test_seq2seq_transcripts_are_those_of_the_run_s_test(fixture, request, audio
     run = request.getfixturevalue(fixture)
     folder = shutil.move(export(run), tmp_path / "moved")
     assert (folder / "lm.ckpt").exists() == fixture.endswith("language_model")
-    recogniser = transcribe.load_recogniser(folder, "cpu")
+    recogniser = load_recogniser(folder, "cpu")
     assert type(recogniser) is EncoderDecoderASR
-    texts, errors = transcribe.transcribe(recogniser, audio)
-    assert errors == {}
+    texts = transcribed(recogniser, audio)
     expected = hypotheses(run)
     # Of so few epochs a model may hear two utterances alike: that depends on the CPU's rounding.
     assert len(expected) == len(audio) and len(set(expected.values())) >= 3
@@ -263,9 +428,9 @@ def test_batches_do_not_change_the_transcripts(recogniser, audio, tmp_path):
     for step, limit in ((0, 0), (160, 2)):  # without padding, and with a little
         for number, (path, signal) in enumerate(zip(cut, samples, strict=True)):
             soundfile.write(path, signal[: min(map(len, samples)) - step * number], 16000)
-        single, _ = transcribe.transcribe(recogniser, cut)
-        batched, errors = transcribe.transcribe(recogniser, cut, max_batch_length=1000)
-        assert errors == {} and list(batched) == cut
+        single = transcribed(recogniser, cut)
+        batched = transcribed(recogniser, cut, max_batch_length=1000)
+        assert list(batched) == cut
         characters = ErrorRateStats(split_tokens=True)
         characters.append(
             cut, *([texts[path].split() for path in cut] for texts in (batched, single))
@@ -275,9 +440,9 @@ def test_batches_do_not_change_the_transcripts(recogniser, audio, tmp_path):
 
 def test_batches_hold_like_lengths_up_to_a_limit():
     seconds = {"a": 3.0, "b": 10.0, "c": 9.9, "d": 9.8, "e": 2.95, "f": 40.0, "g": 9.6}
-    batches = list(transcribe._batches(seconds, max_batch_length=30))
+    batches = list(_batches(seconds, max_batch_length=30))
     assert batches == [["f"], ["b", "c", "d"], ["g"], ["a", "e"]]
-    assert list(transcribe._batches(seconds, max_batch_length=20))[1:3] == [["b", "c"], ["d", "g"]]
+    assert list(_batches(seconds, max_batch_length=20))[1:3] == [["b", "c"], ["d", "g"]]
 
 
 def resampled(samples, rate):
@@ -290,58 +455,311 @@ def test_any_sample_rate(recogniser, audio, tmp_path, rate, extension):
     samples, _ = soundfile.read(audio[0], dtype="float32")
     path = tmp_path / f"speech.{extension}"
     soundfile.write(path, resampled(samples, rate), rate)
-    (found,) = transcribe.find_audio([tmp_path])
-    signal = transcribe._read(found, recogniser.audio_normalizer)
+    ((found,), _) = audio_files.find_audio([tmp_path])
+    signal = audio_files.read_audio(found, recogniser.audio_normalizer)
     # All of it is there, and what 8 kHz can hold is as it was.
     assert abs(len(signal) - len(samples)) <= 2
     low = torch.fft.rfft(signal[: len(samples) - 2])[: len(samples) * 3 // 16]
     expected = torch.fft.rfft(torch.from_numpy(samples[:-2]))[: len(samples) * 3 // 16]
     assert (low - expected).norm() < 0.02 * expected.norm()
-    texts, errors = transcribe.transcribe(recogniser, [found])
-    assert errors == {} and texts == {path: recogniser.transcribe_file(str(path))}
+    assert transcribed(recogniser, [found]) == {path: recogniser.transcribe_file(str(path))}
 
 
 def test_channels_are_mixed(recogniser, audio, tmp_path):
     samples, _ = soundfile.read(audio[0], dtype="float32")
     path = tmp_path / "stereo.wav"
     soundfile.write(path, np.stack([2 * samples, np.zeros_like(samples)], axis=1), 16000, "FLOAT")
-    texts, errors = transcribe.transcribe(recogniser, [path])
-    assert errors == {}
-    assert texts[path] == recogniser.transcribe_file(str(audio[0]))
+    assert transcribed(recogniser, [path])[path] == recogniser.transcribe_file(str(audio[0]))
 
 
 @pytest.mark.parametrize("samples", [1, 100, 400])
 def test_a_moment_of_audio_is_no_error(recogniser, tmp_path, samples):
     soundfile.write(tmp_path / "click.wav", np.full(samples, 0.1), 16000)
-    texts, errors = transcribe.transcribe(recogniser, [tmp_path / "click.wav"])
-    assert len(texts) == 1 and errors == {}
+    assert len(transcribed(recogniser, [tmp_path / "click.wav"])) == 1
 
 
-def test_unreadable_files_are_named_and_the_rest_is_transcribed(exported, audio, tmp_path, capsys):
-    bad = {
-        "cut.flac": (audio[1].read_bytes()[:-1], "lost sync"),
-        "empty.wav": (b"", "not recognised"),
-        "text.wav": (b"no audio" * 99, "not recognised"),
+@pytest.mark.parametrize("fixture", ["exported", "seq2seq_exported"])
+def test_batches_decode_as_many_frames_as_single_files(request, fixture, monkeypatch):
+    recogniser = load_recogniser(request.getfixturevalue(fixture), "cpu")
+    encoder = recogniser.mods.encoder
+    alone = {n: encoder(torch.rand(1, n), torch.ones(1)).shape[1] for n in range(3190, 3841, 25)}
+    assert {n: count_frames(encoder, n)[1] for n in alone} == alone
+    signals = [torch.rand(n) for n in range(32319, 31349, -5)]  # within 3 %
+    expected = [count_frames(encoder, len(signal))[1] for signal in signals]
+
+    def decode(states, lengths, *_):
+        found.extend(torch.round(lengths * states.shape[1]).int().tolist())
+        return [[]] * len(states), None, None, None
+
+    # As SpeechBrain's class does it.
+    found = []
+    if fixture == "exported":
+        monkeypatch.setattr(recogniser, "decoding_function", lambda *args: decode(*args)[0])
+    else:
+        monkeypatch.setattr(recogniser.mods.decoder, "forward", decode)
+    wavs = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True)
+    lengths = torch.tensor([len(signal) for signal in signals])
+    recogniser.transcribe_batch(wavs, lengths / lengths.max())
+    assert sum(theirs < ours for theirs, ours in zip(found, expected, strict=True)) > 0
+    found.clear()
+    transcribe_module._recognise(recogniser, signals)
+    assert found == expected
+    # The recipes' validation and test.
+    names = SimpleNamespace(
+        compute_features=encoder.compute_features,
+        enc=encoder.enc,
+        normalize=encoder.normalize,
+        epoch_counter=SimpleNamespace(current=1),
+    )
+    batch = SimpleNamespace(sig=(wavs, lengths / lengths.max()))
+    for stage in (sb.Stage.VALID, sb.Stage.TEST):
+        states, shares = ASR.encode(SimpleNamespace(hparams=names, modules=names), batch, stage)
+        assert torch.round(shares * states.shape[1]).int().tolist() == expected
+
+
+def test_frames_without_time_pooling():
+    stft = SimpleNamespace(hop_length=160)
+    encoder = SimpleNamespace(
+        compute_features=SimpleNamespace(compute_STFT=stft), enc=SimpleNamespace()
+    )
+    assert count_frames(encoder, 1600) == (11, 11)
+
+
+# Long recordings
+
+
+def bursts(seconds, pauses, noise=0.0):
+    """Noise at 16 kHz that lasts, and is silent, for so many seconds by turns; the pauses."""
+    signal, where = [], []
+    for loud, pause in zip(seconds, pauses, strict=True):
+        signal.append(0.1 * torch.randn(round(16000 * loud)))
+        start = sum(map(len, signal))
+        signal.append(torch.zeros(round(16000 * pause)))
+        where.append((start, start + len(signal[-1])))
+    signal = torch.cat(signal)
+    return signal + noise * torch.randn(len(signal)), where
+
+
+def places(signal, parts):
+    """Start and end of each part, by its place in memory."""
+    starts = [(part.data_ptr() - signal.data_ptr()) // signal.element_size() for part in parts]
+    return [(start, start + len(part)) for start, part in zip(starts, parts, strict=True)]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.003])
+@pytest.mark.parametrize("offset", [0.0, 0.2])
+def test_long_recordings_are_cut_in_their_pauses(noise, offset):
+    signal, pauses = bursts([3, 2, 4, 3, 1, 2, 5], [0.3, 0.4, 0.5, 0.3, 0.6, 0.4, 0.0], noise)
+    signal += offset
+    parts = audio_files.cut_at_pauses(signal, 16000, 6.0)
+    found = places(signal, parts)
+    assert found[0][0] == 0 and found[-1][1] == len(signal)
+    for (_, end), (start, _) in zip(found, found[1:], strict=False):
+        assert end == start and any(first < end < last for first, last in pauses)
+    assert max(map(len, parts)) <= 6 * 16000
+
+
+def test_long_pauses_are_left_out():
+    signal, pauses = bursts([3, 2, 4], [20.0, 3.0, 5.0], 0.001)
+    found = places(signal, audio_files.cut_at_pauses(signal, 16000, 6.0))
+    sounds = [(0, pauses[0][0]), (pauses[0][1], pauses[1][0]), (pauses[1][1], pauses[2][0])]
+    assert len(found) == 3
+    for (start, end), (first, last) in zip(found, sounds, strict=True):
+        assert first - 8000 < start <= first and last <= end < last + 8000
+
+
+def test_recordings_without_pauses_are_cut_all_the_same():
+    for signal in (0.1 * torch.randn(160001), torch.full((160000,), 0.1)):
+        parts = audio_files.cut_at_pauses(signal, 16000, 3.0)
+        assert max(map(len, parts)) <= 48000 and min(map(len, parts)) > 8000
+        assert torch.equal(torch.cat(parts), signal)
+
+
+def test_recordings_of_the_longest_training_utterance_are_not_cut():
+    signal = torch.randn(83841)
+    (part,) = audio_files.cut_at_pauses(signal, 16000, 83841 / 16000)
+    assert part is signal
+    assert len(audio_files.cut_at_pauses(signal, 16000, 83840 / 16000)) == 2
+
+
+@pytest.mark.parametrize("seconds", [1, 100])
+def test_silence_has_no_text(recogniser, tmp_path, seconds):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(16000 * seconds), 16000)
+    files = [tmp_path / "silence.wav"]
+    assert transcribed(recogniser, files, max_segment_length=5.0) == {files[0]: ""}
+
+
+def test_attention_hears_long_recordings_in_parts(
+    seq2seq_exported, audio, tmp_path, capsys, caplog
+):
+    """Cut at the longest utterance of training."""
+    folder = seq2seq_exported
+    pause = np.zeros(16000)
+    samples = [part for path in audio for part in (soundfile.read(path)[0], pause)]
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.concatenate(samples), 16000, "FLOAT")
+    recogniser = load_recogniser(folder, "cpu")
+    longest = recogniser.hparams.longest_train_utterance
+    signal = audio_files.read_audio(path, recogniser.audio_normalizer)
+    parts = audio_files.cut_at_pauses(signal, 16000, longest)
+    assert len(parts) >= len(audio)
+    for number, part in enumerate(parts):
+        soundfile.write(tmp_path / f"{number}.wav", part.numpy(), 16000, "FLOAT")
+    alone = transcribed(recogniser, [tmp_path / f"{n}.wav" for n in range(len(parts))])
+    transcribe_files([str(folder), str(path), "--device=cpu"])
+    expected = " ".join(filter(None, alone.values()))
+    assert capsys.readouterr().out == f"{path}\t{expected}\n"
+    assert f"{path}: " in caplog.text and f"into {len(parts)} parts of at most" in caplog.text
+
+
+def test_ctc_hears_long_recordings_whole(exported, recogniser, audio, tmp_path, capsys, caplog):
+    path = tmp_path / "long.wav"
+    samples = np.concatenate([soundfile.read(path)[0] for path in audio])
+    soundfile.write(path, samples, 16000, "FLOAT")
+    transcribe_files([str(exported), str(path), "--device=cpu"])
+    assert len(samples) / 16000 > recogniser.hparams.longest_train_utterance
+    assert "parts" not in caplog.text
+    assert capsys.readouterr().out == f"{path}\t{recogniser.transcribe_file(str(path))}\n"
+
+
+def test_length_of_the_parts_is_an_option(exported, recogniser, audio, capsys, caplog):
+    options = [str(exported), str(audio[0]), "--device=cpu"]
+    transcribe_files([*options, "--max_segment_length=1"])
+    assert "parts of at most 1 s" in caplog.text
+    seconds = soundfile.info(audio[0]).duration
+    assert len(transcribed(recogniser, [audio[0]], max_batch_length=9, max_segment_length=1)) == 1
+    caplog.clear()
+    transcribe_files([*options, f"--max_segment_length={seconds}"])
+    assert "parts" not in caplog.text
+    *_, text = capsys.readouterr().out.splitlines()
+    assert text == f"{audio[0]}\t{recogniser.transcribe_file(str(audio[0]))}"
+
+
+def test_folders_that_do_not_tell_their_longest_utterance(
+    seq2seq_exported, audio, tmp_path, capsys
+):
+    folder = shutil.copytree(seq2seq_exported, tmp_path / "folder")
+    yaml = (folder / "hyperparams.yaml").read_text()
+    (folder / "hyperparams.yaml").write_text(re.sub("^longest_train.*\n", "", yaml, flags=re.M))
+    transcribe_files([str(folder), str(audio[0]), "--device=cpu"])
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{audio[0]}\t")
+    assert "does not tell its longest utterance of training: nothing is cut" in captured.err
+
+
+# Files and names that are not as they should be
+
+
+def damaged(audio, folder):
+    """Write one file of each kind; name -> what is said of it."""
+    samples, _ = soundfile.read(audio[0])
+    for name, value in (("nan", np.nan), ("inf", -np.inf), ("huge", 1e30), ("integers", 32767)):
+        spoilt = samples.copy()
+        spoilt[1000] = value
+        soundfile.write(folder / f"{name}.wav", spoilt, 16000, "DOUBLE")
+    soundfile.write(folder / "none.wav", np.zeros(0), 16000)
+    for extension in ("wav", "w64", "aiff", "au"):
+        path = folder / f"half.{extension}"
+        soundfile.write(path, samples, 16000, "PCM_16")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    contents = {
+        "cut.flac": audio[1].read_bytes()[:-1],
+        "empty.wav": b"",
+        "text.wav": b"no audio" * 99,
+        "samples.raw": bytes(999),
     }
-    for name, (content, _) in bad.items():
-        (tmp_path / name).write_bytes(content)
-    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16000)
-    bad["none.wav"] = (None, "it has no samples")
-    shutil.copy(audio[0], tmp_path / "good.flac")
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    os.mkfifo(folder / "pipe.wav")
+    (folder / "folder").mkdir()
+    return {
+        "nan.wav": "samples of nan",
+        "inf.wav": "samples of inf",
+        "huge.wav": "samples of 1e",
+        "integers.wav": "samples of 3.28e",
+        "none.wav": "it has no samples",
+        **{f"half.{extension}": "truncated" for extension in ("wav", "w64", "aiff", "au")},
+        "cut.flac": "lost sync",
+        "empty.wav": "not recognised",
+        "text.wav": "not recognised",
+        "samples.raw": "samplerate must be specified",
+        "pipe.wav": "not a file",
+        "folder": "holds no WAV or FLAC file",
+        "nowhere.wav": "No such file",
+        "x" * 300: "File name too long",
+    }
+
+
+@pytest.mark.parametrize("batch", [(), ("--max_batch_length=20",)])
+def test_bad_files_are_named_and_the_rest_is_transcribed(exported, audio, tmp_path, capsys, batch):
+    bad = damaged(audio, tmp_path)
+    paths = [str(tmp_path / name) for name in bad]
+    paths[2:2] = [str(audio[0])]
     with pytest.raises(SystemExit) as stopped:
-        transcribe_files([str(exported), str(tmp_path), "--device=cpu"])
+        transcribe_files([str(exported), *paths, str(audio[1]), "--device=cpu", *batch])
     assert stopped.value.code == 1
     captured = capsys.readouterr()
-    assert re.fullmatch(f"{tmp_path / 'good.flac'}\t.+\n", captured.out)
-    for name, (_, reason) in bad.items():
-        assert re.search(f"^transcribe: {tmp_path / name}: .*{reason}", captured.err, re.MULTILINE)
+    names = [line.split("\t")[0] for line in captured.out.splitlines()]
+    assert sorted(names) == sorted(map(str, audio[:2]))
+    for name, said in bad.items():
+        line = f"^transcribe: {re.escape(str(tmp_path / name))}: .*{said}"
+        assert len(re.findall(line, captured.err, re.MULTILINE)) == 1, name
+    assert captured.err.count("transcribe: ") == len(bad)
 
 
-def test_wrong_folders_end_in_one_line(exported, run, audio, tmp_path):
+@pytest.mark.parametrize("promised", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF024])
+def test_wav_written_to_a_pipe_is_no_truncated_one(recogniser, audio, tmp_path, promised):
+    """Its header promises more than any file has, since it was written before the samples."""
+    path = tmp_path / "stream.wav"
+    soundfile.write(path, soundfile.read(audio[0], dtype="int16")[0], 16000)
+    content = bytearray(path.read_bytes())
+    size = content.index(b"data") + 4
+    content[4:8] = content[size : size + 4] = promised.to_bytes(4, "little")
+    path.write_bytes(content)
+    assert transcribed(recogniser, [path]) == {path: recogniser.transcribe_file(str(audio[0]))}
+
+
+def test_each_line_comes_as_soon_as_its_file_is_done(recogniser, audio, monkeypatch):
+    read, done = [], transcribe(recogniser, audio)
+    real = audio_files.read_audio
+    monkeypatch.setattr(
+        transcribe_module, "read_audio", lambda *args: read.append(args[0]) or real(*args)
+    )
+    for count, (file, *_) in enumerate(done, 1):
+        assert file == audio[count - 1] and len(read) == count
+
+
+def test_any_name_is_one_line_and_one_field(exported, audio, tmp_path, capsys):
+    names = {
+        "a\tb.flac": r"a\tb.flac",
+        "c\nd\r.flac": r"c\nd\r.flac",
+        "e\\t.flac": r"e\\t.flac",
+        "f\x1b[2J\u2028.flac": r"f\x1b[2J\u2028.flac",
+        "g h é.flac": "g h é.flac",
+        os.fsdecode(b"i\xff.flac"): r"i\udcff.flac",
+    }
+    for name in names:
+        (tmp_path / name).symlink_to(audio[0])
+    (tmp_path / "._leftover.flac").write_bytes(b"of macOS")
+    paths = [str(tmp_path), f"{tmp_path}/no\tfile\n.wav"]
+    with pytest.raises(SystemExit):
+        transcribe_files([str(exported), *paths, "--device=cpu"])
+    captured = capsys.readouterr()
+    fields = [line.split("\t") for line in captured.out.split("\n")[:-1]]
+    assert [len(line) for line in fields] == [2] * len(names)
+    assert sorted(name for name, _ in fields) == sorted(f"{tmp_path}/{n}" for n in names.values())
+    assert captured.err == f"transcribe: {tmp_path}/no\\tfile\\n.wav: No such file or directory\n"
+
+
+def test_wrong_folders_end_in_one_line(run, audio, tmp_path):
     for folder in (tmp_path, run, tmp_path / "nowhere"):  # a run's own YAML is not for inference
         with pytest.raises(SystemExit, match=f"^transcribe: {folder} has no inference YAML"):
             transcribe_files([str(folder), str(audio[0])])
-    with pytest.raises(SystemExit, match="^transcribe: .*nowhere.wav does not exist$"):
-        transcribe_files([str(exported), str(tmp_path / "nowhere.wav")])
-    with pytest.raises(SystemExit, match="^transcribe: .* holds no WAV or FLAC file$"):
-        transcribe_files([str(exported), str(tmp_path)])
+
+
+@pytest.mark.parametrize("option", ["--max_batch_length", "--max_segment_length"])
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "many"])
+def test_lengths_are_positive(option, value, capsys):
+    with pytest.raises(SystemExit):
+        transcribe_files(["folder", "file.wav", f"{option}={value}"])
+    assert option in capsys.readouterr().err

@@ -1,15 +1,21 @@
 """The inference folder of a run: weights, tokenizer, and a YAML derived from the run's own."""
 
+import csv
 import io
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import sentencepiece
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import TaggedScalar
+from ruamel.yaml.error import YAMLError
 from speechbrain.utils.checkpoints import Checkpointer
+from speechbrain.utils.logger import get_logger
+
+logger = get_logger(__name__)
 
 HEADER = (
     "# SpeechBrain's inference YAML, made by export_inference.py from the YAML of the training\n"
@@ -81,18 +87,16 @@ def export(run_folder, folder=None):
 
     Raises
     ------
+    FileExistsError
+        If `folder` is the run's own or among its checkpoints, or files that no export made are in
+        the way.
     FileNotFoundError
         If `run_folder` is no run's, or has no finished epoch, or a file is missing.
     """
     run_folder = Path(run_folder)
     folder = run_folder / "inference" if folder is None else Path(folder)
-    path = run_folder / "hyperparams.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"{run_folder} is not the folder of a run: no hyperparams.yaml")
-    run_yaml = path.read_text(encoding="utf-8")
-    hparams = YAML().load(run_yaml)
-    # The run may have been moved since.
-    save_folder = run_folder / os.path.relpath(hparams["save_folder"], hparams["output_folder"])
+    run_yaml, hparams = _read_yaml(run_folder)
+    save_folder = _moved(run_folder, hparams, "save_folder")
     checkpoint = None
     if save_folder.is_dir():
         checkpoint = Checkpointer(save_folder).find_checkpoint(min_key="WER")
@@ -112,14 +116,80 @@ def export(run_folder, folder=None):
             files["lm.ckpt"] = Path(hparams["lm_folder"], "lm.ckpt")
     else:
         inference = YAML().load(CTC + COMMON)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, source in files.items():
-        shutil.copyfile(source, folder / name)
     text = io.StringIO()
     YAML().dump(inference, text)
     text = HEADER + _needed(entries, text.getvalue()) + "\n" + text.getvalue()
-    (folder / "hyperparams.yaml").write_text(text, encoding="utf-8", newline="\n")
+    text += _longest_utterance(_moved(run_folder, hparams, "train_csv"))
+    _check_target(folder, run_folder, save_folder, ["hyperparams.yaml", *files])
+    _write(folder, text, files)
     return folder
+
+
+def _read_yaml(run_folder):
+    """The YAML of a run, as text and as a dict."""
+    path = run_folder / "hyperparams.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_folder} is not the folder of a run: no hyperparams.yaml")
+    text = path.read_text(encoding="utf-8")
+    try:
+        hparams = YAML().load(text)
+    except YAMLError as error:
+        raise FileNotFoundError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(hparams, dict) or "save_folder" not in hparams:
+        raise FileNotFoundError(f"{run_folder} is not the folder of a run: no key save_folder")
+    return text, hparams
+
+
+def _moved(run_folder, hparams, key):
+    """A path of the run, which may have been moved since."""
+    relative = os.path.relpath(hparams[key], hparams["output_folder"])
+    path = run_folder / relative
+    outside = relative.startswith(os.pardir) and not path.exists()
+    return Path(hparams[key]) if outside else path
+
+
+def _longest_utterance(manifest):
+    try:
+        with open(manifest, newline="", encoding="utf-8") as file:
+            seconds = max(float(row["duration"]) for row in csv.DictReader(file))
+    except (KeyError, OSError, ValueError):
+        logger.warning(
+            "No durations in %s: transcribe.py will not know which recordings are too long",
+            manifest,
+        )
+        return ""
+    return f"\nlongest_train_utterance: {seconds}  # s; transcribe.py cuts what is longer\n"
+
+
+def _check_target(folder, run_folder, save_folder, names):
+    target = folder.resolve()
+    save_folder = save_folder.resolve()
+    if target == run_folder.resolve():
+        raise FileExistsError(f"{folder} is the folder of the run itself: choose another")
+    if save_folder in (target, *target.parents):
+        raise FileExistsError(f"{folder} is for the run's checkpoints: choose another")
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{folder} is not a folder")
+    yaml = target / "hyperparams.yaml"
+    if yaml.is_file() and yaml.read_bytes().startswith(HEADER.encode()):
+        return  # an earlier export
+    for name in names:
+        if os.path.lexists(target / name):
+            raise FileExistsError(f"{folder} has a {name} that no export made: choose another")
+
+
+def _write(folder, yaml, files):
+    """Fill a folder beside it first: what a full disk ends has lost nothing."""
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        path = Path(temporary, "hyperparams.yaml")
+        path.write_text(yaml, encoding="utf-8", newline="\n")
+        for name, source in files.items():
+            shutil.copyfile(source, path.with_name(name))
+        folder.mkdir(exist_ok=True)
+        for name in (path.name, *files):  # the YAML tells that the folder is an export
+            os.replace(path.with_name(name), folder / name)
 
 
 def _find_tokenizer(save_folder, hparams):

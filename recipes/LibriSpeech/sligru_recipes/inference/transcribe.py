@@ -1,75 +1,26 @@
 """Audio files to texts, one at a time or in batches of like durations."""
 
-from pathlib import Path
+import math
+from itertools import islice
 
-import soundfile
 import torch
-from ruamel.yaml import YAML
-from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
+from speechbrain.inference.ASR import EncoderDecoderASR
+from speechbrain.utils.logger import get_logger
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-EXTENSIONS = (".wav", ".flac")
+from .audio import UNREADABLE, cut_at_pauses, printable, read_audio, read_duration, reason
+from .frames import count_frames, strides
+
+logger = get_logger(__name__)
+
 # The encoder (as SpeechBrain's CRDNN does) sees padding, which can change a letter of what it makes
 # of the speech before. Batches are of like lengths, so that the shortest has at most this share.
 MAX_PADDING = 0.03
-MIN_SECONDS = 0.1  # shorter audio is padded: pooling needs some frames
+MIN_SECONDS = 0.1  # shorter audio is padded
 
 
-def load_recogniser(folder, device=None):
-    """Load an inference folder of a CTC or seq2seq recogniser.
-
-    Arguments
-    ---------
-    folder : str or Path
-    device : str, optional
-        Such as "cpu" or "cuda:0"; a GPU if there is one by default.
-
-    Returns
-    -------
-    speechbrain.inference.ASR.EncoderASR or EncoderDecoderASR
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder has no inference YAML.
-    """
-    folder = Path(folder).resolve()
-    path = folder / "hyperparams.yaml"
-    keys = YAML().load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "pretrainer" not in keys:
-        raise FileNotFoundError(
-            f"{folder} has no inference YAML; make such a folder with export_inference.py"
-        )
-    inference = EncoderDecoderASR if "decoder" in keys["modules"] else EncoderASR
-    return inference.from_hparams(
-        source=str(folder), run_opts={"device": device} if device else None
-    )
-
-
-def find_audio(paths):
-    """The files among `paths`, and the WAV and FLAC files below its folders.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a path does not exist, or a folder has no such file.
-    """
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
-            if not found:
-                raise FileNotFoundError(f"{path} holds no WAV or FLAC file")
-            files += found
-        elif path.exists():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"{path} does not exist")
-    return files
-
-
-def transcribe(recogniser, files, max_batch_length=0.0):
+def transcribe(recogniser, files, max_batch_length=0.0, max_segment_length=float("inf")):
     """Transcribe audio files one at a time or in batches of like durations.
 
     Arguments
@@ -77,66 +28,98 @@ def transcribe(recogniser, files, max_batch_length=0.0):
     recogniser : EncoderASR or EncoderDecoderASR
     files : list of Path
     max_batch_length : float
-        Seconds of audio in a batch, padding included; a longer file is a batch of its own. 0: each
-        file is.
+        Seconds of audio in a batch, padding included; a longer file is a batch of its own, and the
+        longest come first: memory runs out early or never. 0: each file is, in the order given.
+    max_segment_length : float
+        Seconds; longer recordings are cut at pauses, and the texts of their parts joined.
 
-    Returns
-    -------
-    texts : dict
-        File -> what was said.
-    errors : dict
-        File -> why it could not be read.
+    Yields
+    ------
+    file : Path
+        As soon as it is done.
+    text : str or None
+    error : str or None
+        Why it could not be read.
     """
-    seconds, texts, errors = {}, {}, {}
-    for file in files:
-        try:
-            seconds[file] = soundfile.info(file).duration
-        except (OSError, soundfile.LibsndfileError) as error:
-            errors[file] = _reason(error)
-    with tqdm(total=len(seconds), desc="transcribing", unit="file", disable=None) as progress:
-        for batch in _batches(seconds, max_batch_length):
-            signals = {}
-            for file in batch:
-                try:
-                    signals[file] = _read(file, recogniser.audio_normalizer)
-                except (ValueError, soundfile.LibsndfileError) as error:
-                    errors[file] = _reason(error)
-            if signals:
-                lengths = torch.tensor([len(signal) for signal in signals.values()])
-                signal = pad_sequence(list(signals.values()), batch_first=True)
-                words, _ = recogniser.transcribe_batch(signal, lengths / lengths.max())
-                texts |= zip(signals, words, strict=True)
-            progress.update(len(batch))
-    return texts, errors
+    batches = [[number] for number in range(len(files))]
+    if max_batch_length:
+        seconds = {}
+        for number, file in enumerate(files):
+            try:
+                seconds[number] = read_duration(file)
+            except UNREADABLE as error:
+                yield file, None, reason(error)
+        batches = _batches(seconds, max_batch_length)
+    rate = recogniser.audio_normalizer.sample_rate
+    for batch in batches:
+        parts = {}
+        for number in batch:
+            try:
+                signal = read_audio(files[number], recogniser.audio_normalizer)
+            except UNREADABLE as error:
+                yield files[number], None, reason(error)
+            else:
+                parts[number] = cut_at_pauses(signal, rate, max_segment_length)
+                if len(parts[number]) > 1:
+                    logger.warning(
+                        "%s: %.1f s, cut at pauses into %d parts of at most %g s",
+                        *(printable(files[number]), len(signal) / rate),
+                        *(len(parts[number]), max_segment_length),
+                    )
+        signals = [signal for cut in parts.values() for signal in cut]
+        durations = {number: len(signal) / rate for number, signal in enumerate(signals)}
+        texts = {}
+        for group in _batches(durations, max_batch_length):
+            found = _recognise(recogniser, [signals[number] for number in group])
+            texts |= zip(group, found, strict=True)
+        in_order = (texts[number] for number in range(len(signals)))
+        for number, cut in parts.items():
+            yield files[number], " ".join(filter(None, islice(in_order, len(cut)))), None
+
+
+def longest_recording(recogniser):
+    """Seconds that a recogniser can hear in one piece, None if its folder does not tell.
+
+    An attention decoder loses its place beyond what it was trained on. CTC has none to lose, and
+    cuts within speech would cost it words.
+    """
+    if isinstance(recogniser, EncoderDecoderASR):
+        return getattr(recogniser.hparams, "longest_train_utterance", None)
+    return math.inf
+
+
+def _recognise(recogniser, signals):
+    """The texts of signals [T], which are decoded as far as each would be alone.
+
+    SpeechBrain's `transcribe_batch` would take the share that a signal has of the longest one's
+    samples; times the number of states, that can round to a state less than there is.
+    """
+    encoder = recogniser.mods.encoder
+    hop, pooling = strides(encoder)
+    shortest = max(int(MIN_SECONDS * recogniser.audio_normalizer.sample_rate), hop * pooling)
+    signals = [pad(signal, (0, max(0, shortest - len(signal)))) for signal in signals]
+    features, states = count_frames(encoder, torch.tensor([len(signal) for signal in signals]))
+    wavs = pad_sequence(signals, batch_first=True)
+    with torch.no_grad():
+        encoded = recogniser.encode_batch(wavs, features / features.max())
+        lengths = (states / encoded.shape[1]).to(recogniser.device)
+        if isinstance(recogniser, EncoderDecoderASR):
+            tokens, *_ = recogniser.mods.decoder(encoded, lengths)
+        else:
+            tokens = recogniser.decoding_function(encoded, lengths)
+    return [recogniser.tokenizer.decode_ids(ids) for ids in tokens]
 
 
 def _batches(seconds, max_batch_length):
-    """Lists of files of like durations, the longest first: memory runs out early or never."""
+    """Lists of keys of like durations, the longest first."""
     batch, longest = [], 0.0
-    for file in sorted(seconds, key=seconds.get, reverse=True):
+    for key in sorted(seconds, key=seconds.get, reverse=True):
         full = (len(batch) + 1) * longest > max_batch_length
-        if batch and (full or seconds[file] < (1 - MAX_PADDING) * longest):
+        if batch and (full or seconds[key] < (1 - MAX_PADDING) * longest):
             yield batch
             batch = []
         if not batch:
-            longest = seconds[file]
-        batch.append(file)
+            longest = seconds[key]
+        batch.append(key)
     if batch:
         yield batch
-
-
-def _read(file, normalizer):
-    """A file as float32 samples [T] at the recogniser's rate."""
-    with soundfile.SoundFile(file) as audio:
-        samples = audio.read(dtype="float32", always_2d=True)
-        if len(samples) < audio.frames:
-            raise ValueError(f"truncated: its header promises {audio.frames} samples")
-        if len(samples) == 0:
-            raise ValueError("it has no samples")
-        signal = normalizer(torch.from_numpy(samples), audio.samplerate)
-    missing = int(MIN_SECONDS * normalizer.sample_rate) - len(signal)
-    return torch.nn.functional.pad(signal, (0, max(0, missing)))
-
-
-def _reason(error):
-    return getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)

@@ -6,6 +6,7 @@ import speechbrain as sb
 from speechbrain.utils.distributed import run_on_main
 
 from ..inference.export import export
+from ..inference.frames import count_frames
 from .brain import RecipeBrain, make_brain
 from .data import batching, dataio_prepare, prepare_data
 from .experiment import fit_to_tokenizer, start_experiment
@@ -35,14 +36,18 @@ class ASR(RecipeBrain):
             [B, T, features], T in encoder frames; B is larger than the batch where augmentation
             adds copies (`augment_targets` follows).
         wav_lens : torch.Tensor
-            [B] length of each utterance relative to the longest.
+            [B] length of each utterance relative to the longest; out of training, in states.
         """
         wavs, wav_lens = batch.sig
         if stage == sb.Stage.TRAIN:
             wavs, wav_lens = self.hparams.wav_augment(wavs, wav_lens)
         feats = self.hparams.compute_features(wavs)
         feats = self.modules.normalize(feats, wav_lens, epoch=self.hparams.epoch_counter.current)
-        return self.modules.enc(feats), wav_lens
+        states = self.modules.enc(feats)
+        if stage != sb.Stage.TRAIN:  # decode all states that an utterance has where it is alone
+            samples = (wav_lens * wavs.shape[1]).round().long()
+            wav_lens = count_frames(self.hparams, samples)[1] / states.shape[1]
+        return states, wav_lens
 
     def augment_targets(self, stage, *targets):
         """Repeat token sequences and lengths as augmentation did the waveforms."""

@@ -1,0 +1,29 @@
+"""How many frames the encoder makes of a waveform."""
+
+
+def count_frames(encoder, samples):
+    """Count the frames of waveforms.
+
+    Arguments
+    ---------
+    encoder : object
+        Has the `compute_features` and `enc` of a recogniser.
+    samples : int or torch.Tensor
+
+    Returns
+    -------
+    features, states : int or torch.Tensor
+        Frames of the waveform's features, and of the states that the encoder makes of them.
+    """
+    hop, pooling = strides(encoder)
+    features = samples // hop + 1  # centred on 0, hop, 2 hop, ...
+    return features, features // pooling
+
+
+def strides(encoder):
+    """Samples from one frame of features to the next, and frames in one of states."""
+    pooling = getattr(encoder.enc, "time_pooling", None)  # CRDNN's key of that name may be False
+    return (
+        encoder.compute_features.compute_STFT.hop_length,
+        1 if pooling is None else pooling.pool_layer.kernel_size[-1],
+    )
