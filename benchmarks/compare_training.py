@@ -15,8 +15,10 @@ same batches in the same order. As in the recipe, what is tested is the epoch of
 dev split, utterance by utterance: on the corpus' test split (unknown speakers), and on sentences
 that nobody said in training, said by the training's speakers (known speakers).
 
-Every run has a process; as many run at once on each GPU as `--at_once` says. They go seed by seed,
-so that what is finished at any time is pairs. OUTPUT_FOLDER gets
+Every run has a process; as many run at once on each GPU as `--at_once` says. With NVIDIA's MPS
+(`nvidia-cuda-mps-control -d` before) they share it better: on two H200 twice as many runs ended in
+the same time. They go seed by seed, so that what is finished at any time is pairs. OUTPUT_FOLDER
+gets
 
     results.jsonl    a line for each finished run, as it ends
     report.json      of every metric: means, deviations, paired differences to stock
