@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 
 import sentencepiece
+import torch
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import TaggedScalar
 from speechbrain.utils.checkpoints import Checkpointer
+
+from ..training.checkpoints import average_model, checkpoints_to_test
 
 HEADER = (
     "# SpeechBrain's inference YAML, made by export_inference.py from the YAML of the training\n"
@@ -93,11 +96,11 @@ def export(run_folder, folder=None):
     hparams = YAML().load(run_yaml)
     # The run may have been moved since.
     save_folder = run_folder / os.path.relpath(hparams["save_folder"], hparams["output_folder"])
-    checkpoint = None
-    if save_folder.is_dir():
-        checkpoint = Checkpointer(save_folder).find_checkpoint(min_key="WER")
-    if checkpoint is None:
+    if not save_folder.is_dir():
         raise FileNotFoundError(f"{save_folder} has no checkpoint of a finished epoch")
+    count = hparams.get("avg_checkpoints", 1)  # runs of before that key have none
+    checkpoints = checkpoints_to_test(Checkpointer(save_folder), "WER", count)
+    checkpoint = checkpoints[0]
     files = {
         "model.ckpt": checkpoint.paramfiles["model"],
         "normalizer.ckpt": checkpoint.paramfiles["normalizer"],
@@ -115,6 +118,8 @@ def export(run_folder, folder=None):
     folder.mkdir(parents=True, exist_ok=True)
     for name, source in files.items():
         shutil.copyfile(source, folder / name)
+    if count > 1:
+        torch.save(average_model(checkpoints), folder / "model.ckpt")
     text = io.StringIO()
     YAML().dump(inference, text)
     text = HEADER + _needed(entries, text.getvalue()) + "\n" + text.getvalue()

@@ -12,7 +12,7 @@ from speechbrain.utils.distributed import run_on_main
 
 from .brain import RecipeBrain, make_brain
 from .data import prepare_data
-from .experiment import fit_to_tokenizer, start_experiment
+from .experiment import start_experiment
 from .tokenizer import check_characters, load_tokenizer
 
 
@@ -52,7 +52,8 @@ class Sentences(torch.utils.data.Dataset):
     Raises
     ------
     ValueError
-        If there is no line, or one has characters that the tokenizer does not know.
+        If there is no line, or one is not UTF-8 or has characters that the tokenizer does not
+        know.
     """
 
     def __init__(self, path, tokenizer, bos_index, eos_index):
@@ -66,20 +67,24 @@ class Sentences(torch.utils.data.Dataset):
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         positions.append(position)
-                        yield f"line {number}", line.decode().strip()
+                        try:
+                            yield f"line {number}", line.decode().strip()
+                        except UnicodeDecodeError as error:
+                            raise ValueError(f"{path}: line {number} is not UTF-8") from error
                     position += len(line)
 
         check_characters(path, lines(), tokenizer)
         if not positions:
             raise ValueError(f"{path} has no sentence")
-        self.positions = np.array(positions, dtype=np.int64)
+        # Named as the IDs of SpeechBrain's own datasets.
+        self.data_ids = np.array(positions, dtype=np.int64)
 
     def __len__(self):
-        return len(self.positions)
+        return len(self.data_ids)
 
     def __getitem__(self, index):
         with open(self.path, "rb") as file:
-            file.seek(self.positions[index])
+            file.seek(self.data_ids[index])
             tokens = self.tokenizer.sp.encode_as_ids(file.readline().decode().strip())
         return {
             "tokens_bos": torch.LongTensor([self.bos_index, *tokens]),
@@ -113,32 +118,35 @@ def run(argv, script):
     dict
         Test split -> {"loss": ..., "perplexity": ...}.
     """
-    hparams, run_opts, *yaml = start_experiment(argv, script)
-    prepare_data(hparams)
-    train_text = hparams["text_file"] or run_on_main(write_text, [hparams["train_csv"]])
-    tokenizer = load_tokenizer(hparams, train_text)
-    hparams = fit_to_tokenizer(hparams, *yaml, tokenizer)
+    with start_experiment(argv, script) as experiment:
+        hparams = experiment.hparams
+        prepare_data(hparams)
+        train_text = hparams["text_file"] or run_on_main(write_text, [hparams["train_csv"]])
+        tokenizer = load_tokenizer(hparams, train_text)
+        experiment.fit_to_tokenizer(tokenizer)
+        hparams = experiment.hparams
 
-    def load(text):
-        return Sentences(text, tokenizer, hparams["bos_index"], hparams["eos_index"])
+        def load(text):
+            return Sentences(text, tokenizer, hparams["bos_index"], hparams["eos_index"])
 
-    train_data = load(train_text)
-    valid_data = load(run_on_main(write_text, [hparams["valid_csv"]]))
-    test_data = {
-        os.path.splitext(os.path.basename(path))[0]: load(run_on_main(write_text, [path]))
-        for path in hparams["test_csv"]
-    }
-    brain = make_brain(LanguageModel, hparams, run_opts, tokenizer)
-    brain.fit(
-        hparams["epoch_counter"],
-        train_data,
-        valid_data,
-        train_loader_kwargs=hparams["train_dataloader_opts"],
-        valid_loader_kwargs=hparams["valid_dataloader_opts"],
-    )
-    brain.on_evaluate_start(min_key="loss")  # loads the best checkpoint
-    run_on_main(save_for_search, [hparams, tokenizer])
-    return {split: brain.test(split, dataset) for split, dataset in test_data.items()}
+        train_data = load(train_text)
+        valid_data = load(run_on_main(write_text, [hparams["valid_csv"]]))
+        test_data = {
+            os.path.splitext(os.path.basename(path))[0]: load(run_on_main(write_text, [path]))
+            for path in hparams["test_csv"]
+        }
+        brain = make_brain(LanguageModel, hparams, experiment.run_opts, tokenizer)
+        brain.fit(
+            hparams["epoch_counter"],
+            train_data,
+            valid_data,
+            train_loader_kwargs=hparams["train_dataloader_opts"],
+            valid_loader_kwargs=hparams["valid_dataloader_opts"],
+            when_ready=experiment.save,
+        )
+        brain.on_evaluate_start(min_key="loss")  # loads the best checkpoint
+        run_on_main(save_for_search, [hparams, tokenizer])
+        return {split: brain.test(split, dataset) for split, dataset in test_data.items()}
 
 
 def save_for_search(hparams, tokenizer):

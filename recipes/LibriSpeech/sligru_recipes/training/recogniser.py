@@ -8,7 +8,7 @@ from speechbrain.utils.distributed import run_on_main
 from ..inference.export import export
 from .brain import RecipeBrain, make_brain
 from .data import batching, dataio_prepare, prepare_data
-from .experiment import fit_to_tokenizer, start_experiment
+from .experiment import start_experiment
 from .tokenizer import load_tokenizer
 
 
@@ -101,23 +101,25 @@ def run(brain_class, argv, script):
     dict
         Test split -> {"loss": ..., "WER": ..., "CER": ...}, both rates in %.
     """
-    hparams, run_opts, *yaml = start_experiment(argv, script)
-    prepare_data(hparams)
-    tokenizer = load_tokenizer(hparams)
-    hparams = fit_to_tokenizer(hparams, *yaml, tokenizer)
-    train_data, valid_data, test_data = dataio_prepare(hparams, tokenizer, brain_class.targets)
-    brain = make_brain(brain_class, hparams, run_opts, tokenizer)
-    train_data, train_loader_kwargs = batching(hparams, train_data)
-    # Brain tells this sampler the epoch: else every epoch would have the same batches.
-    brain.train_sampler = train_loader_kwargs.get("batch_sampler")
-    brain.fit(
-        hparams["epoch_counter"],
-        train_data,
-        valid_data,
-        train_loader_kwargs=train_loader_kwargs,
-        valid_loader_kwargs=hparams["valid_dataloader_opts"],
-    )
-    results = {split: brain.test(split, dataset) for split, dataset in test_data.items()}
-    if hparams["export_inference"] and not brain.debug:  # which keeps no checkpoint
-        run_on_main(export, [hparams["output_folder"]])
-    return results
+    with start_experiment(argv, script) as experiment:
+        prepare_data(experiment.hparams)
+        tokenizer = load_tokenizer(experiment.hparams)
+        experiment.fit_to_tokenizer(tokenizer)
+        hparams = experiment.hparams
+        train_data, valid_data, test_data = dataio_prepare(hparams, tokenizer, brain_class.targets)
+        brain = make_brain(brain_class, hparams, experiment.run_opts, tokenizer)
+        train_data, train_loader_kwargs = batching(hparams, train_data)
+        # Brain tells this sampler the epoch: else every epoch would have the same batches.
+        brain.train_sampler = train_loader_kwargs.get("batch_sampler")
+        brain.fit(
+            hparams["epoch_counter"],
+            train_data,
+            valid_data,
+            train_loader_kwargs=train_loader_kwargs,
+            valid_loader_kwargs=hparams["valid_dataloader_opts"],
+            when_ready=experiment.save,
+        )
+        results = {split: brain.test(split, dataset) for split, dataset in test_data.items()}
+        if hparams["export_inference"] and not brain.debug:  # which keeps no checkpoint
+            run_on_main(export, [hparams["output_folder"]])
+        return results

@@ -91,14 +91,10 @@ def load_language_model(hparams, tokenizer):
 
     Raises
     ------
-    FileNotFoundError
-        If the folder has no lm.ckpt.
     ValueError
         If it belongs to another tokenizer or has other sizes than `lm_model`.
     """
     path = os.path.join(hparams.lm_folder, "lm.ckpt")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"lm_folder {hparams.lm_folder} has no lm.ckpt: run train_lm.py")
     their_tokenizer = os.path.join(hparams.lm_folder, "tokenizer.ckpt")
     if not filecmp.cmp(their_tokenizer, f"{tokenizer.prefix_model_file}.model", shallow=False):
         raise ValueError(
