@@ -56,14 +56,11 @@ def files(report):
     return (*names, "report.png") if report["variants"] else names
 
 
-def remove(folder):
-    """Remove the files of an earlier report."""
-    for name in ("report.json", "report.md", "report.html", "report.png"):
-        (folder / name).unlink(missing_ok=True)
-
-
 def write(report, folder):
-    """Write report.json, report.md, report.html and, if anything was timed, report.png."""
+    """Write report.json, report.md, report.html and, if anything was timed, report.png.
+
+    They take the place of an earlier report's.
+    """
     replace(folder / "report.json", json.dumps(report, indent=1).encode() + b"\n")
     picture = "![Epoch times, phases and losses](report.png)" if report["variants"] else ""
     parts = [f"# {TITLE}", *paragraphs(report, "pipe"), picture]
@@ -72,6 +69,8 @@ def write(report, folder):
         draw(report, folder / "report.png")
         data = base64.b64encode((folder / "report.png").read_bytes()).decode()
         picture = f'<img alt="Epoch times, phases and losses" src="data:image/png;base64,{data}">'
+    else:
+        (folder / "report.png").unlink(missing_ok=True)  # an earlier report's
     replace(folder / "report.html", as_html(report, picture).encode())
 
 
@@ -94,9 +93,11 @@ def resume(report, folder):
     report = json.loads(json.dumps(report))  # with lists for tuples, as the file has
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
-        different = next((key for key in _IDENTITY if old[key] != report[key]), None)
-    except (OSError, ValueError, KeyError) as error:
+        if not isinstance(old, dict) or old.keys() != report.keys():
+            raise ValueError("its keys are not those of a report")
+    except (OSError, ValueError) as error:
         raise ValueError(f"--resume: {path} is no report to go on with ({error})") from error
+    different = next((key for key in _IDENTITY if old[key] != report[key]), None)
     if different:
         raise ValueError(f"--resume: {path} has other {different}: {old[different]}")
     return old | {"interrupted": False}
