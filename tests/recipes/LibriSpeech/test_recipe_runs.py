@@ -372,6 +372,9 @@ def test_key_given_twice_is_named(own_noise, tmp_path):
         ("--shard_folder=~/shards", "shard_folder ~/shards: ~ is not expanded here"),
         ("--valid_csv=${{DATA}}/dev.csv", "valid_csv ${{DATA}}/dev.csv: ${{DATA}} is not expanded"),
         ("--test_csv=[$A/a.csv,$B/b.csv]", "test_csv $A/a.csv: $A is not expanded here"),
+        ("--lr=high", "lr must be a number, got 'high'"),
+        ("--number_of_epochs=[3]", "number_of_epochs must be a number, got [3]"),
+        ("--skip_bad_files=1", "skip_bad_files must be True or False, got 1"),
         ("--opt_class=!name:torch.optim.SGD {{momentum: 0.9}}", "keeps the class of"),
         (
             "--ckpt_interval_steps=5 --ckpt_interval_minutes=5",

@@ -142,8 +142,7 @@ def test_another_number_of_processes_starts_the_epoch_anew(noise, tmp_path, monk
     train(arguments(noise, tmp_path, "--ckpt_interval_steps=3"), stop_in=(1, 4))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert sum(map(len, train(arguments(noise, tmp_path))[1])) == 12
-    assert "no key, but the data or the number of processes" not in said(tmp_path)
-    assert "epoch 1 starts anew" in said(tmp_path)
+    assert "changed: no key, but the data or the number of processes" in said(tmp_path)
 
 
 def test_same_batches_go_on(noise, tmp_path):
@@ -295,6 +294,14 @@ def test_damaged_checkpoint_is_named(noise, run_folder, name, damage):
     assert (run_folder / "hyperparams.yaml").read_bytes() == next(
         content for path, content in before.items() if path.name == "hyperparams.yaml"
     )
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "a: b: c"])
+def test_damaged_metadata_is_named(noise, run_folder, damage):
+    for checkpoint in Checkpointer(run_folder / "save").list_checkpoints():
+        (checkpoint.path / "CKPT.yaml").write_text(damage)
+    message = complaint(arguments(noise, run_folder))
+    assert re.search(r"/CKPT\+[^/]*/CKPT.yaml is damaged: \S", message)
 
 
 @pytest.mark.parametrize("option", ["--test_only", "--number_of_epochs=0"])

@@ -10,6 +10,7 @@ import torch
 import yaml
 from speechbrain.core import INTRA_EPOCH_CKPT_FLAG
 from speechbrain.utils.checkpoints import (
+    METAFNAME,
     Checkpoint,
     Checkpointer,
     average_checkpoints,
@@ -79,6 +80,18 @@ class AtomicCheckpointer(Checkpointer):
             checkpoint = Checkpoint(path, checkpoint.meta, files)
         ddp_barrier()  # all processes list the checkpoints next
         return checkpoint
+
+    def list_checkpoints(self):
+        """SpeechBrain's; a ValueError names metadata that cannot be read."""
+        for folder in self._list_checkpoint_dirs():
+            path = folder / METAFNAME
+            try:
+                meta = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path} is damaged: {reason_of(error)}") from error
+            if not isinstance(meta, dict) or "unixtime" not in meta:
+                raise ValueError(f"{path} is damaged: it has no time; remove {folder}")
+        return super().list_checkpoints()
 
     def _call_load_hooks(self, checkpoint):
         try:

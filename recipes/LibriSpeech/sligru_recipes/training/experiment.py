@@ -86,8 +86,9 @@ def load_hparams(hparams_file, overrides):
     FileNotFoundError
         If a file that it names is missing.
     ValueError
-        If an override names no key of the YAML, or would keep another class than it names, or a
-        path has something that a shell would have replaced, or is of another kind of file.
+        If an override names no key of the YAML, is no number or truth value where the YAML has one,
+        or would keep another class than it names, or a path has something that a shell would have
+        replaced, or is of another kind of file.
     """
     keys = _load_keys(hparams_file)
     for key, value in overrides.items():
@@ -95,6 +96,11 @@ def load_hparams(hparams_file, overrides):
             if key in RunOptions().as_dict():
                 raise ValueError(f"{key} is a run option: give it on the command line, as --{key}")
             raise ValueError(f"{key} is neither a key of {hparams_file} nor a run option")
+        for kind, name in ((bool, "True or False"), (int | float, "a number")):
+            if isinstance(keys[key], kind):
+                if not isinstance(value, kind) and not _tag(value):
+                    raise ValueError(f"{key} must be {name}, got {value!r}")
+                break
         if isinstance(value, dict) and isinstance(keys[key], dict):
             own, other = _tag(keys[key]), _tag(value)
             if other and other != own:
