@@ -157,7 +157,7 @@ def test_training_from_shards_is_the_same(corpus, tmp_path):
         arguments = ("--number_of_epochs=1", "--export_inference=False", *arguments)
         train_ctc.main(command_line(corpus, tmp_path / name, *arguments))
     assert epochs(tmp_path / "shards") == epochs(tmp_path / "files")
-    names = {path.name for path in (tmp_path / "tars").glob("*.tar")}
+    names = {re.sub("-[0-9a-f]{12}-", "-", path.name) for path in (tmp_path / "tars").glob("*.tar")}
     assert names == {"train-00000.tar", "dev-clean-00000.tar", "test-clean-00000.tar"}
 
 

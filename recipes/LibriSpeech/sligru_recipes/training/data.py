@@ -108,7 +108,7 @@ def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
 
     def load(csv_path):
         if shard_folder:
-            csv_path = os.path.join(shard_folder, os.path.basename(csv_path))
+            csv_path = str(shards.packed_manifest(csv_path, shard_folder))
         rows = sb.dataio.dataio.load_data_csv(csv_path)
         if not rows:
             raise ValueError(f"{csv_path} has no utterance")
