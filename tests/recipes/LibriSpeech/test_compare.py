@@ -7,13 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import speechbrain.nnet.RNN
 import torch
 from helpers import ROOT
+from processes import alive, wait_until
 
 import compare_epoch_time
 from sb_fast_sligru import machine
@@ -305,21 +304,6 @@ def test_worker_of_a_parent_already_gone_ends(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     worker = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
     assert worker.returncode == -signal.SIGKILL
-
-
-def wait_until(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def alive(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
 
 
 def test_a_process_of_its_own_trains_the_same(simulated, tmp_path, monkeypatch):
