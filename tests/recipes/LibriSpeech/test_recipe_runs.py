@@ -333,11 +333,15 @@ def test_foreign_characters_are_named(own_noise, tmp_path):
     assert "1-10-0002.flac" in message and "'8', 'Ü'" in message
 
 
-def test_characters_outside_the_vocabulary_are_named(own_noise, tmp_path):
-    path = own_noise / "dev-clean/2/10/2-10.trans.txt"
-    path.write_text(re.sub(r"(2-10-0001) .*", r"\1 QUIZ", path.read_text()))
-    message = complaint(bad_input_arguments(own_noise, tmp_path))
-    assert "dev-clean.csv: 2-10-0001 has the character 'I'" in message
+def test_characters_outside_a_given_vocabulary_are_named(own_noise, tmp_path):
+    argv = bad_input_arguments(own_noise, tmp_path)
+    train_ctc.main([*map(str, argv), "--number_of_epochs=1"])
+    path = own_noise / "train-clean-100/1/10/1-10.trans.txt"
+    path.write_text(re.sub(r"(1-10-0001) .*", r"\1 QUIZ", path.read_text()))
+    given = (tmp_path / "output/save/6_char.model").rename(tmp_path / "given.model")
+    shutil.rmtree(tmp_path / "output")
+    message = complaint([*argv, f"--tokenizer_file={given}"])
+    assert "train.csv: 1-10-0001 has the character 'I'" in message
 
 
 def test_empty_split_is_named(own_noise, tmp_path):

@@ -248,10 +248,10 @@ def test_noise_of_a_folder_is_added(tmp_path):
 def test_unfit_noise_is_named(tmp_path, rate, channels, message):
     soundfile.write(tmp_path / "noise.wav", np.zeros((100, channels)), rate)
     with pytest.raises(ValueError, match=message):
-        prepare_noise(tmp_path, tmp_path / "noise.csv")
+        prepare_noise(tmp_path, tmp_path / "noise.csv", 16000)
     (tmp_path / "noise.wav").unlink()
     with pytest.raises(FileNotFoundError, match="noise_folder .* holds no .wav or .flac file"):
-        prepare_noise(tmp_path, tmp_path / "noise.csv")
+        prepare_noise(tmp_path, tmp_path / "noise.csv", 16000)
 
 
 # Language model and tokenizer

@@ -3,13 +3,17 @@
 import os
 
 import speechbrain as sb
+from speechbrain.dataio.dataset import FilteredSortedDynamicItemDataset
 from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.logger import get_logger
 
 from ..inference.export import export
 from .brain import RecipeBrain, make_brain
 from .data import batching, dataio_prepare, prepare_data
 from .experiment import start_experiment
 from .tokenizer import load_tokenizer
+
+logger = get_logger(__name__)
 
 
 class ASR(RecipeBrain):
@@ -25,6 +29,7 @@ class ASR(RecipeBrain):
         super().__init__(tokenizer, **kwargs)
         # It resamples on the CPU unless it is told otherwise.
         self.hparams.speed_perturb.device = self.device
+        self.unread = {}  # utterance ID -> words, of the test split's files that cannot be read
 
     def encode(self, batch, stage):
         """Map a batch's waveforms, augmented in training, to encoder states.
@@ -63,6 +68,10 @@ class ASR(RecipeBrain):
         if stage != sb.Stage.TRAIN:
             self.wer_metric = self.hparams.error_rate_computer()
             self.cer_metric = self.hparams.cer_computer()
+        if stage == sb.Stage.TEST and self.unread:
+            references = [words.split(" ") for words in self.unread.values()]
+            for metric in (self.wer_metric, self.cer_metric):
+                metric.append(list(self.unread), [[] for _ in references], references)
 
     def collect_stats(self, loss):
         """WER and CER in %."""
@@ -72,8 +81,20 @@ class ASR(RecipeBrain):
         }
 
     def test(self, split, dataset):
-        """Evaluate one split as `RecipeBrain.test` does, and write wer_SPLIT.txt, cer_SPLIT.txt."""
-        stats = super().test(split, dataset)
+        """Evaluate one split as `RecipeBrain.test` does, and write wer_SPLIT.txt, cer_SPLIT.txt.
+
+        A file that cannot be read is named, and all its words count as errors.
+        """
+        self.unread = {}
+        with dataset.output_keys_as(["sig"]):
+            for index, utterance in enumerate(dataset.data_ids):
+                try:
+                    dataset[index]
+                except OSError as error:
+                    logger.warning(f"{split}: {error}: its words count as errors")
+                    self.unread[utterance] = dataset.data[utterance]["wrd"]
+        readable = [name for name in dataset.data_ids if name not in self.unread]
+        stats = super().test(split, FilteredSortedDynamicItemDataset(dataset, readable))
         run_on_main(self._write_errors, [split])
         return stats
 
