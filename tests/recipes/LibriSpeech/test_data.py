@@ -20,6 +20,7 @@ import train_lm
 import transcribe
 from sligru_recipes.corpora.librispeech import prepare_librispeech
 from sligru_recipes.inference.transcribe import load_recogniser
+from sligru_recipes.training import tokenizer
 from sligru_recipes.training.data import find_manifests, load_manifest, prepare_data
 from sligru_recipes.training.recogniser import ASR
 
@@ -196,17 +197,30 @@ def test_manifests_of_another_rate_are_refused(noise, tmp_path):
 # Bad files
 
 
-@pytest.mark.parametrize("samples", [1, 480])
-@pytest.mark.parametrize("split", [TRAIN, TEST])
-def test_an_utterance_too_short_for_a_frame(noise, tmp_path, split, samples):
+@pytest.mark.parametrize(
+    ("split", "samples"), [(TRAIN, 1), (TRAIN, 1279), (DEV, 240), (TEST, 1), (TEST, 480)]
+)
+def test_an_utterance_too_short_for_the_encoder(noise, tmp_path, split, samples):
     path = min((noise / split).rglob("*.flac"))
     soundfile.write(path, np.full(samples, 0.1), 16000)
     message = complaint(arguments(noise, tmp_path))
-    assert f"{path.stem}, {samples / 16000:g} s) are shorter than an encoder frame" in message
+    assert f"{path.stem}, {samples / 16000:g} s) are shorter than 2 encoder frames" in message
     assert "skip_bad_files" in message
-    copy_split(noise, DEV, split, "9")
+    copy_split(noise, TRAIN if split == TEST else TEST, split, "9")
     run(noise, tmp_path, "--skip_bad_files=True")
     assert "1 utterances" in said(tmp_path) and "left out" in said(tmp_path)
+
+
+def test_the_shortest_utterances_train_alone(noise, tmp_path):
+    for path in (noise / TRAIN).rglob("*.flac"):
+        soundfile.write(path, np.full(1280, 0.1), 16000)
+    change_words(noise, TRAIN, "N")
+    augmentations = [f"--enable_{name}=True" for name in ("speed_perturb", "drop_chunk")]
+    more = ("--dynamic_batching=False", "--batch_size=1", *augmentations)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "MAX_UNALIGNABLE", 1)
+        run(noise, tmp_path, *more)
+    assert "skipped updates: 0" in (tmp_path / "run/train_log.txt").read_text()
 
 
 def damage(path):

@@ -92,8 +92,9 @@ def prepare_librispeech(
     FileNotFoundError
         If `data_folder` or a split's folder does not exist.
     ValueError
-        If a split is given twice, but for validation and test, or empty, a transcript file is malformed, an utterance ID occurs
-        twice, or a file is bad. The message names the split and the file.
+        If a split is given twice, but for validation and test, or is empty, a transcript file is
+        malformed, an utterance ID occurs twice, or a file is bad. The message names the split and
+        the file.
     OSError
         If a manifest cannot be written. The message names `save_folder` and the reason.
 
@@ -218,16 +219,16 @@ def _read_checked(manifest):
     """File -> (seconds, Hz), of all that an earlier preparation found good."""
     try:
         with open(manifest, newline="", encoding="utf-8") as file:
+            rows = csv.reader(file)
+            if tuple(next(rows)) != COLUMNS:
+                raise ValueError("other columns")
             return {
-                File(row["wav"], int(row["size"]), int(row["mtime_ns"])): (
-                    float(row["duration"]),
-                    int(row["sample_rate"]),
-                )
-                for row in csv.DictReader(file)
+                File(path, int(size), int(mtime)): (float(seconds), int(rate))
+                for _, seconds, path, _, _, rate, size, mtime in rows
             }
     except FileNotFoundError:
         return {}
-    except (KeyError, TypeError, ValueError, csv.Error):  # damaged, or of an earlier version
+    except (StopIteration, ValueError, csv.Error):  # damaged, or of an earlier version
         logger.warning(f"{manifest} does not tell what was checked: all its files are checked")
         return {}
 
@@ -268,6 +269,7 @@ def _read_transcripts(split, transcripts):
         except UnicodeDecodeError as error:
             raise ValueError(f"{split}: {path} is not UTF-8 text: {error}") from error
         chapter = path.name.removesuffix(".trans.txt") + "-"
+        folder = f"{path.parent}{os.sep}"
         for number, line in enumerate(lines, 1):
             identifier, _, text = line.strip().partition(" ")
             if not identifier.startswith(chapter):
@@ -275,7 +277,7 @@ def _read_transcripts(split, transcripts):
                     f"{split}: {path}, line {number}: expected an utterance ID of this chapter "
                     f"and its words, found {line[:60]!r}"
                 )
-            stem = f"{path.parent}{os.sep}{identifier}"
+            stem = folder + identifier
             if stem in words:
                 raise ValueError(f"{split}: {path}, line {number}: {identifier} occurs twice")
             words[stem] = " ".join(text.split())
@@ -311,10 +313,9 @@ def _check_words(text):
     """Say what is wrong with the transcript, if anything is."""
     if not text:
         return "no words for it in its chapter's .trans.txt"
-    foreign = sorted(set(text) - ALPHABET)
-    if foreign:
+    if not ALPHABET.issuperset(text):
         return (
-            f"its transcript has {', '.join(map(repr, foreign))}, "
+            f"its transcript has {', '.join(map(repr, sorted(set(text) - ALPHABET)))}, "
             f"expected A to Z, apostrophe and space alone: {text[:60]!r}"
         )
     return None

@@ -19,6 +19,8 @@ logger = get_logger(__name__)
 
 # By how much a file's length may differ from that in its manifest, which may be rounded.
 LENGTH_TOLERANCE = 0.05
+# Of the encoder. One is too few for BatchNorm in training, if the utterance is a batch of its own.
+MIN_FRAMES = 2
 
 
 def prepare_data(hparams):
@@ -141,7 +143,7 @@ def load_manifest(path):
 
 
 def leave_out_short(path, rows, seconds, skip_bad_files):
-    """The rows of a manifest without utterances that are shorter than an encoder frame.
+    """The rows of a manifest without utterances that are shorter than MIN_FRAMES.
 
     Raises
     ------
@@ -153,7 +155,7 @@ def leave_out_short(path, rows, seconds, skip_bad_files):
         return rows
     message = (
         f"{path}: {len(short)} utterances (such as {short[0]}, {rows[short[0]]['duration']:g} s) "
-        f"are shorter than an encoder frame ({seconds:g} s)"
+        f"are shorter than {MIN_FRAMES} encoder frames ({seconds:g} s)"
     )
     if not skip_bad_files:
         raise ValueError(f"{message}; remove them or set skip_bad_files")
@@ -189,6 +191,7 @@ def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
     shard_folder, sample_rate = hparams["shard_folder"], hparams["sample_rate"]
     read_audio = shards.read_audio if shard_folder else sb.dataio.dataio.read_audio
     frames_per_second = 1000 / hparams["hop_length"] / hparams["time_pooling_size"]
+    shortest = MIN_FRAMES / frames_per_second
 
     @sb.utils.data_pipeline.takes("wav", "duration")
     @sb.utils.data_pipeline.provides("sig")
@@ -219,7 +222,7 @@ def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
             if shard_folder:
                 path = str(shards.packed_manifest(path, shard_folder))
             found = load_manifest(path)
-            found = leave_out_short(path, found, 1 / frames_per_second, hparams["skip_bad_files"])
+            found = leave_out_short(path, found, shortest, hparams["skip_bad_files"])
             for name in found.keys() & rows.keys():
                 raise ValueError(f"{path} has the utterance {name}, as another manifest has")
             transcripts = ((name, row["wrd"]) for name, row in found.items())
