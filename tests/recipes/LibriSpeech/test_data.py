@@ -311,6 +311,16 @@ def test_character_coverage_is_honoured(noise, tmp_path, token_type):
     assert "skipped updates: 0" in log
 
 
+def test_language_model_of_letters_that_its_tokens_lack(noise, tmp_path):
+    change_words(noise, TRAIN, "Q " + 40 * "NODE DONE ")
+    change_words(noise, TEST, "X")
+    more = ("--character_coverage=0.99", f"--test_splits={TEST}")
+    results = train_lm.main(lm_arguments(noise, tmp_path, *more))
+    assert np.isfinite(results[TEST]["perplexity"])
+    assert "line 1) have 'Q', which" in said(tmp_path)
+    assert "line 1) have 'X', which" in said(tmp_path)
+
+
 @pytest.mark.parametrize("coverage", [0, -1, 1.5])
 def test_impossible_coverage_is_named(noise, tmp_path, coverage):
     message = complaint(arguments(noise, tmp_path, f"--character_coverage={coverage}"))

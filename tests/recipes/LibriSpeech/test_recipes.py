@@ -388,8 +388,17 @@ def test_language_model_joins_the_beam_search(language_model, tmp_path):
     assert all(torch.equal(loaded[name], trained[name]) for name in trained)
 
     hparams = seq2seq_hparams(tmp_path, *given, vocab_size=size)  # the YAML's own sizes of the LM
-    with pytest.raises(ValueError, match="lm.ckpt does not fit lm_model"):
+    with pytest.raises(ValueError, match="lm.ckpt is damaged, or does not fit lm_model"):
         make_test_search(SimpleNamespace(**hparams), tokenizer, "cpu")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    shutil.copy(folder / "tokenizer.ckpt", damaged)
+    for content in (b"", (folder / "lm.ckpt").read_bytes()[:-100], b"no weights"):
+        (damaged / "lm.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match="lm.ckpt is damaged, or does not fit lm_model"):
+            make_test_search(
+                SimpleNamespace(**hparams | {"lm_folder": str(damaged)}), tokenizer, "cpu"
+            )
     with pytest.raises(FileNotFoundError, match="lm_folder .* has no lm.ckpt"):
         seq2seq_hparams(tmp_path, f"--lm_folder={tmp_path}")
 

@@ -36,7 +36,6 @@ Keys of report.json:
 import base64
 import datetime
 import json
-import os
 import platform
 from pathlib import Path
 
@@ -46,6 +45,7 @@ import torch
 import sb_fast_sligru
 from sb_fast_sligru import machine
 
+from ..files import replacing
 from .pictures import draw
 from .texts import TITLE, as_html, paragraphs
 
@@ -66,7 +66,8 @@ def write(report, folder):
     parts = [f"# {TITLE}", *paragraphs(report, "pipe"), picture]
     replace(folder / "report.md", ("\n\n".join(filter(None, parts)) + "\n").encode())
     if report["variants"]:
-        draw(report, folder / "report.png")
+        with replacing(folder / "report.png") as partial:
+            draw(report, partial)
         data = base64.b64encode((folder / "report.png").read_bytes()).decode()
         picture = f'<img alt="Epoch times, phases and losses" src="data:image/png;base64,{data}">'
     else:
@@ -75,10 +76,9 @@ def write(report, folder):
 
 
 def replace(path, content):
-    """Write a file as a whole, so that an interruption leaves the old or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    """Write a file of some bytes as a whole, so that an interruption leaves the old or the new."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def resume(report, folder):
