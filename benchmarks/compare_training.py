@@ -291,11 +291,9 @@ def prepare(data_folder, folder, about):
     speak_known_speakers(corpus, data_folder.resolve())
     for split in ("train-clean-100", "dev-clean", UNKNOWN_SPEAKERS):
         (corpus / split).symlink_to((data_folder / split).resolve(), target_is_directory=True)
-    test_splits = [UNKNOWN_SPEAKERS, KNOWN_SPEAKERS]
     keys = {
         "data_folder": str(corpus),
-        "test_splits": test_splits,
-        "test_csv": [str(folder / f"save/{split}.csv") for split in test_splits],
+        "test_splits": [UNKNOWN_SPEAKERS, KNOWN_SPEAKERS],
         "number_of_epochs": about["number_of_epochs"],
     }
     study = Study(str(folder), keys, about)

@@ -16,10 +16,11 @@ import argparse
 import sys
 
 from sligru_recipes.corpora import simulated
-from sligru_recipes.epoch_time.comparison import CELLS, PRECISIONS, compare
+from sligru_recipes.epoch_time.comparison import CELLS, PRECISIONS, compare, something_done
 from sligru_recipes.epoch_time.recipe import Options
 from sligru_recipes.epoch_time.report import files
 from sligru_recipes.epoch_time.texts import as_text
+from sligru_recipes.training.experiment import one_line
 
 
 def parse(arguments=None):
@@ -78,7 +79,9 @@ def main(arguments=None):
     try:
         report, folder = compare(recipe_arguments, options)
     except (OSError, ValueError) as error:
-        sys.exit(f"compare_epoch_time: {error}")
+        sys.exit(f"compare_epoch_time: {one_line(error)}")
+    if not something_done(report):
+        sys.exit("compare_epoch_time: stopped before anything was done; no report was written")
     print(f"\n{as_text(report)}")
     print(f"Written: {', '.join(str(folder / name) for name in files(report))}")
     if report["interrupted"]:

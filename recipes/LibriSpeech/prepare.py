@@ -10,7 +10,7 @@ import argparse
 import logging
 import sys
 
-from sligru_recipes.corpora.librispeech import prepare_librispeech
+from sligru_recipes.corpora.librispeech import SAMPLE_RATE, prepare_librispeech
 
 
 def main(arguments=None):
@@ -21,6 +21,7 @@ def main(arguments=None):
     parser.add_argument("--dev", nargs="+", default=[], metavar="SPLIT")
     parser.add_argument("--test", nargs="+", default=[], metavar="SPLIT")
     parser.add_argument("--skip-bad-files", action="store_true", help="leave them out and go on")
+    parser.add_argument("--sample-rate", type=int, default=SAMPLE_RATE, help="of the files, in Hz")
     parser.add_argument("--workers", type=int, help="processes that check (default: one per CPU)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -33,6 +34,7 @@ def main(arguments=None):
             options.test,
             options.skip_bad_files,
             options.workers,
+            options.sample_rate,
         )
     except (OSError, ValueError) as error:
         sys.exit(f"prepare: {error}")

@@ -13,12 +13,12 @@ import pytest
 import speechbrain as sb
 import torch
 from speechbrain.nnet.schedulers import NewBobScheduler
-from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
 from sligru_recipes.training import brain as recipe_brain
 from sligru_recipes.training.brain import RecipeBrain, draw_progress
+from sligru_recipes.training.checkpoints import AtomicCheckpointer
 
 BATCHES = 4
 
@@ -50,7 +50,7 @@ def data():
     return torch.utils.data.TensorDataset(torch.randn(2 * BATCHES, 3))
 
 
-def make_brain(folder, epochs=2, lr=0.1, tensorboard=False, **options):
+def make_brain(folder, epochs=2, lr=0.1, tensorboard=False, avg_checkpoints=1, **options):
     torch.manual_seed(1)
     scheduler, counter = NewBobScheduler(lr), EpochCounter(epochs)
     layer = torch.nn.Linear(3, 3)
@@ -64,6 +64,9 @@ def make_brain(folder, epochs=2, lr=0.1, tensorboard=False, **options):
         "tensorboard_logger": partial(TensorboardLogger, save_dir=str(folder / "tensorboard")),
         "log_interval_minutes": 10,
         "test_dataloader_opts": {"batch_size": 2},
+        "lr": lr,
+        "pretrained_folder": None,
+        "avg_checkpoints": avg_checkpoints,
     }
     return Mean(
         None,
@@ -71,7 +74,7 @@ def make_brain(folder, epochs=2, lr=0.1, tensorboard=False, **options):
         opt_class=partial(torch.optim.SGD, lr=lr),
         hparams=hparams,
         run_opts={"device": "cpu", **options},
-        checkpointer=Checkpointer(
+        checkpointer=AtomicCheckpointer(
             folder / "save",
             {"layer": layer, "scheduler": scheduler, "counter": counter},
         ),

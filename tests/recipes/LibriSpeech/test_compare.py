@@ -1,13 +1,18 @@
 """The epoch-time comparison: tiny runs on the CPU, their reports, and the cases without a ratio."""
 
 import json
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import speechbrain.nnet.RNN
 import torch
 from helpers import ROOT
+from processes import alive, wait_until
 
 import compare_epoch_time
 from sb_fast_sligru import machine
@@ -27,6 +32,7 @@ from sligru_recipes.epoch_time.phases import PHASES
 from sligru_recipes.epoch_time.recipe import Options, load_recipe, spread
 from sligru_recipes.epoch_time.runs import Run, Variant
 from sligru_recipes.training.ctc import CTC
+from sligru_recipes.training.lock import lock_folder
 
 
 class WrongSLiGRU(speechbrain.nnet.RNN.SLiGRU):
@@ -204,6 +210,100 @@ def test_ctrl_c_leaves_a_report_that_resume_completes(simulated, tmp_path, monke
     assert not resumed["interrupted"]
     assert [v["cell"] for v in resumed["variants"]] == ["GRU", "LSTM"]
     assert resumed["variants"][0] == report["variants"][0]
+
+
+def test_earlier_report_stays_until_there_is_another(simulated, tmp_path, monkeypatch):
+    simulated += ["--batches=2", "--no-io", "--cells", "GRU"]
+    compare_epoch_time.main(simulated)
+    names = ("report.json", "report.md", "report.html", "report.png")
+    before = [(tmp_path / "report" / name).read_bytes() for name in names]
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(epoch_runs, "loading_seconds", stop)
+        assert "no report was written" in run_main(simulated)
+    assert [(tmp_path / "report" / name).read_bytes() for name in names] == before
+    with lock_folder(tmp_path / "report"):
+        other = subprocess.run(
+            [sys.executable, compare_epoch_time.__file__, *simulated],
+            capture_output=True,
+            text=True,
+        )
+    assert "is in use by another run (host " in other.stderr and other.returncode == 1
+    assert [(tmp_path / "report" / name).read_bytes() for name in names] == before
+
+    def refuse(*arguments):
+        raise Refused("for a reason")
+
+    monkeypatch.setattr(epoch_runs, "time_variants", refuse)
+    assert run_main(simulated) == 1
+    assert read_report(tmp_path)["refused"] == "for a reason"
+    assert not (tmp_path / "report/report.png").exists()  # of the earlier report
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"variants": []}', "", "nothing"])
+def test_what_is_no_report_is_not_gone_on_with(simulated, tmp_path, content):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/report.json").write_text(content)
+    message = run_main(simulated, "--batches=2", "--no-io", "--cells", "GRU", "--resume")
+    assert f"{tmp_path}/report/report.json is no report to go on with" in message
+    assert (tmp_path / "report/report.json").read_text() == content
+
+
+def test_progress_in_a_file_is_lines(simulated, capsys):
+    simulated += ["--batches=2", "--no-io", "--cells", "GRU"]
+    compare_epoch_time.main([*simulated, "--log_interval_minutes=0"])
+    printed = capsys.readouterr().err
+    assert "\r" not in printed
+    lines = re.findall(r"^GRU fp32: step (\d+) of (\d+)$", printed, re.M)
+    total = int(lines[0][1])
+    assert [int(done) for done, _ in lines] == list(range(1, total + 1))
+    compare_epoch_time.main(simulated)  # ten minutes between two lines
+    assert "step" not in capsys.readouterr().err
+
+
+WORKER = """
+import os, pathlib, sys, time
+pathlib.Path(sys.argv[-1]).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+PARENT = """
+import sys
+from sligru_recipes.epoch_time.runs import in_own_process
+in_own_process(exec, sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("signal", [signal.SIGTERM, signal.SIGKILL])
+def test_worker_ends_with_its_parent(tmp_path, signal):
+    note = tmp_path / "worker"
+    worker = WORKER.replace("sys.argv[-1]", repr(str(note)))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, worker],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    wait_until(lambda: note.exists() and note.read_text(), seconds=60)
+    pid = int(note.read_text())
+    parent.send_signal(signal)
+    parent.wait()
+    wait_until(lambda: not alive(pid), seconds=5)
+
+
+def test_worker_of_a_parent_already_gone_ends(tmp_path):
+    """It asks the system too late to be told."""
+    code = (
+        "import os, time\n"
+        "from unittest import mock\n"
+        "from sligru_recipes.processes import end_with_parent\n"
+        "gone = mock.Mock(pid=os.getppid() + 1)\n"
+        "with mock.patch('multiprocessing.parent_process', return_value=gone):\n"
+        "    end_with_parent()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    worker = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
+    assert worker.returncode == -signal.SIGKILL
 
 
 def test_a_process_of_its_own_trains_the_same(simulated, tmp_path, monkeypatch):

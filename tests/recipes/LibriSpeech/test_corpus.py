@@ -5,15 +5,20 @@ import csv
 import ctypes
 import functools
 import json
+import os
 import random
 import re
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from processes import alive, wait_until
 from speechbrain.dataio.dataio import read_audio
 from speechbrain.dataio.dataset import DynamicItemDataset
 
@@ -62,6 +67,17 @@ def utterances(folder):
     return sorted(folder.rglob("*.flac"))
 
 
+@contextlib.contextmanager
+def small_disk(size):
+    """Writing more than `size` bytes to a file fails as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 # The generator
 
 
@@ -77,7 +93,7 @@ def test_layout_is_librispeech_s(corpus):
     for path in utterances(corpus):
         split, speaker, chapter, name = path.relative_to(corpus).parts
         assert re.fullmatch(rf"{speaker}-{chapter}-\d{{4}}\.flac", name)
-        assert split in librispeech.SPLITS
+        assert split in SPLITS
         names.add(path.stem)
     assert len(names) == sum(speakers * each for speakers, each in SPLITS.values())
     transcribed = set()
@@ -239,6 +255,23 @@ def test_other_settings_or_a_foreign_folder_are_refused(corpus, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"seed": 3', "\xff"])
+def test_damaged_settings_are_named(tmp_path, content):
+    (tmp_path / "settings.json").write_bytes(content.encode("latin-1"))
+    message = f"{tmp_path}/settings.json is damaged"
+    with pytest.raises(ValueError, match=message):
+        make_corpus(tmp_path, SPLITS, seed=3)
+    with pytest.raises(ValueError, match=message):
+        speak_known_speakers(tmp_path / "known", tmp_path, "test-other", 1)
+
+
+def test_full_disk_leaves_no_settings(tmp_path):
+    """Rather than empty ones, which no later run could read."""
+    with small_disk(0), pytest.raises(OSError):
+        make_corpus(tmp_path / "corpus", SPLITS, seed=3)
+    assert list((tmp_path / "corpus").iterdir()) == []
+
+
 def test_known_speakers_say_new_sentences(corpus, tmp_path):
     speak_known_speakers(tmp_path, corpus, "test-other", 3)
 
@@ -299,33 +332,93 @@ def test_manifests_agree_with_the_corpus(corpus, tmp_path):
             assert identifier.startswith(row["spk_id"] + "-")
             assert len(read_audio(row["wav"])) == pytest.approx(row["duration"] * 16000)
     with (tmp_path / "dev-clean.csv").open(newline="") as file:
-        assert next(csv.reader(file)) == ["ID", "duration", "wav", "spk_id", "wrd"]
+        speechbrain_s = ["ID", "duration", "wav", "spk_id", "wrd"]
+        assert next(csv.reader(file)) == [*speechbrain_s, "sample_rate", "size", "mtime_ns"]
 
 
 def test_train_splits_are_merged(small, tmp_path):
     shutil.copytree(small / "train-clean-100", small / "train-other-500")
-    for path in [*small.glob("train-other-500/**/*.*")]:  # other utterance IDs
-        renamed = path.with_name("9" + path.name)
-        path.rename(renamed)
-        if renamed.name.endswith(".trans.txt"):
-            renamed.write_text(re.sub("^", "9", renamed.read_text().strip(), flags=re.M))
+    rename_utterances(small / "train-other-500", "9")
     prepare_librispeech(small, tmp_path, ["train-clean-100", "train-other-500"])
     merged = DynamicItemDataset.from_csv(tmp_path / "train.csv")
     assert len(merged) == 2 * 21
     assert sum("train-other-500" in row["wav"] for row in merged.data.values()) == 21
 
 
-def test_finished_splits_are_kept_until_something_changes(small, tmp_path, monkeypatch):
-    prepare_librispeech(small, tmp_path, ["train-clean-100"])
-    with monkeypatch.context() as patch:
-        patch.setattr(librispeech, "parallel_map", None)  # nothing may be checked again
-        prepare_librispeech(small, tmp_path, ["train-clean-100"])
-        with pytest.raises(TypeError):
-            prepare_librispeech(small, tmp_path, ["train-clean-100"], skip_bad_files=True)
+@pytest.fixture
+def checked(monkeypatch):
+    """Names of the files that a preparation checks, if it does so in this process."""
+    names = []
+
+    def check(path):
+        names.append(Path(path).name)
+        return check_audio(path)
+
+    check_audio = librispeech.check_audio
+    monkeypatch.setattr(librispeech, "check_audio", check)
+    return names
+
+
+def test_files_are_checked_again_when_they_change(small, tmp_path, checked):
+    """One that is repaired comes in, one that is deleted or replaced is noticed."""
+    prepare_it = functools.partial(
+        prepare_librispeech, small, tmp_path, ["train-clean-100"], num_workers=0
+    )
+    paths = utterances(small)
+    good = paths[4].read_bytes()
+    cut(paths[4])
+    prepare_it(skip_bad_files=True)
+    assert checked == [path.name for path in paths]
+    manifest = (tmp_path / "train-clean-100.csv").read_text()
+    assert manifest == (tmp_path / "train.csv").read_text() and paths[4].stem not in manifest
+
+    def recheck(**options):
+        checked.clear()
+        prepare_it(**options)
+        assert (tmp_path / "train-clean-100.csv").read_text() == (
+            tmp_path / "train.csv"
+        ).read_text()
+        return DynamicItemDataset.from_csv(tmp_path / "train.csv").data
+
+    assert len(recheck(skip_bad_files=True)) == 20 and checked == [paths[4].name]
+    with pytest.raises(ValueError, match=f"{paths[4]}: truncated"):
+        recheck()
+    paths[4].write_bytes(good)
+    assert len(recheck()) == 21 and checked == [paths[4].name]
+    assert len(recheck()) == 21 and checked == []
+    soundfile.write(paths[5], np.zeros(1600, np.int16), 16000)
+    assert recheck()[paths[5].stem]["duration"] == 0.1 and checked == [paths[5].name]
+    paths[6].write_bytes(paths[6].read_bytes()[:-100])  # damaged since
+    with pytest.raises(ValueError, match=f"{paths[6]}: truncated"):
+        recheck()
+    paths[6].unlink()
+    with pytest.raises(ValueError, match=f"{paths[6]}: .* no such file"):
+        recheck()
+    assert paths[6].stem not in recheck(skip_bad_files=True)
     transcript = min(small.rglob("*.trans.txt"))
     transcript.write_text(transcript.read_text().replace(" THE ", " SOME "))
-    prepare_librispeech(small, tmp_path, ["train-clean-100"])
-    assert " SOME " in (tmp_path / "train.csv").read_text()
+    rows = recheck(skip_bad_files=True)
+    assert checked == [] and any(" SOME " in row["wrd"] for row in rows.values())
+
+
+def test_same_size_at_another_time_is_checked(small, tmp_path, checked):
+    prepare_librispeech(small, tmp_path, ["train-clean-100"], num_workers=0)
+    path = utterances(small)[7]
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 0x55
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"{path}: damaged: its audio cannot be decoded after"):
+        prepare_librispeech(small, tmp_path, ["train-clean-100"], num_workers=0)
+
+
+@pytest.mark.parametrize("content", ["", "ID,duration,wav\nu,1.0\n", "\0\0", 'ID\n"', "{"])
+@pytest.mark.parametrize("name", ["train-clean-100.csv", "train.csv", "prepare.json"])
+def test_damaged_manifests_are_written_anew(small, tmp_path, name, content):
+    prepare_librispeech(small, tmp_path, ["train-clean-100"], num_workers=0)
+    before = contents(tmp_path)
+    (tmp_path / name).write_text(content)
+    prepare_librispeech(small, tmp_path, ["train-clean-100"], num_workers=0)
+    assert contents(tmp_path) == before
 
 
 def cut(path):
@@ -364,6 +457,10 @@ DAMAGE = {
     "wrong rate": (
         lambda path: soundfile.write(path, np.zeros(800, np.int16), 8000),
         "8000 Hz, expected 16000 Hz",
+    ),
+    "damaged in its middle": (
+        lambda path: path.write_bytes(path.read_bytes()[:9000] + path.read_bytes()[9500:]),
+        "damaged: its audio cannot be decoded after",
     ),
     "stereo": (
         lambda path: soundfile.write(path, np.zeros((800, 2), np.int16), 16000),
@@ -445,17 +542,6 @@ def test_transcript_in_another_encoding_is_named(small, tmp_path):
         prepare_librispeech(small, tmp_path, ["train-clean-100"])
 
 
-@contextlib.contextmanager
-def small_disk(size):
-    """Writing more than `size` bytes to a file fails as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_save_folder_that_cannot_be_written(small, tmp_path, monkeypatch):
     prepare_it = functools.partial(prepare_librispeech, small, train_splits=["train-clean-100"])
     (tmp_path / "file").touch()
@@ -463,7 +549,7 @@ def test_save_folder_that_cannot_be_written(small, tmp_path, monkeypatch):
         prepare_it(save_folder=tmp_path / "file" / "save")
     # Noticed before the work, ...
     with monkeypatch.context() as patch, small_disk(1000):
-        patch.setattr(librispeech, "_check_utterances", None)
+        patch.setattr(librispeech, "_check_split", None)
         with pytest.raises(OSError, match=f"cannot write to save_folder: .*'{tmp_path / 'save'}'$"):
             prepare_it(save_folder=tmp_path / "save")
     # ... and if space runs out later: for the split's manifest, for the merged one.
@@ -471,6 +557,7 @@ def test_save_folder_that_cannot_be_written(small, tmp_path, monkeypatch):
     for prepared in (False, True):
         if prepared:
             prepare_it(save_folder=tmp_path / "save")
+            (tmp_path / "save/train.csv").unlink()
         with small_disk(1000), pytest.raises(OSError, match="cannot write to save_folder: "):
             prepare_it(save_folder=tmp_path / "save", num_workers=0)
 
@@ -480,10 +567,14 @@ def test_wrong_folders_and_splits(small, tmp_path):
         prepare_librispeech(tmp_path / "nowhere", tmp_path, ["train-clean-100"])
     with pytest.raises(FileNotFoundError, match="no folder 'dev-other'.*holds: train-clean-100"):
         prepare_librispeech(small, tmp_path, ["train-clean-100"], ["dev-other"])
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="it holds: none"):
-        prepare_librispeech(small / "train-clean-100", tmp_path, ["train-clean-100"])
-    with pytest.raises(ValueError, match="unknown split 'train-clean'"):
+        prepare_librispeech(tmp_path / "empty", tmp_path, ["train-clean-100"])
+    with pytest.raises(FileNotFoundError, match="no folder 'train-clean'; it holds: train-clean"):
         prepare_librispeech(small, tmp_path, ["train-clean"])
+    for split in ("../LibriSpeech", "train-clean-100/", "..", ".", ""):
+        with pytest.raises(ValueError, match=f"name of a folder in data_folder, got '{split}'"):
+            prepare_librispeech(small, tmp_path, [split])
     with pytest.raises(ValueError, match="given more than once"):
         prepare_librispeech(small, tmp_path, ["train-clean-100"], ["train-clean-100"])
     with pytest.raises(ValueError, match="train_splits is empty"):
@@ -491,6 +582,181 @@ def test_wrong_folders_and_splits(small, tmp_path):
     (small / "dev-clean").mkdir()
     with pytest.raises(ValueError, match="dev-clean: no usable utterance in"):
         prepare_librispeech(small, tmp_path, ["train-clean-100"], ["dev-clean"])
+
+
+def rename_utterances(split, prefix):
+    """Give a split other utterance IDs."""
+    for path in [*split.rglob("*.flac"), *split.rglob("*.trans.txt")]:
+        renamed = path.with_name(prefix + path.name)
+        path.rename(renamed)
+        if renamed.name.endswith(".trans.txt"):
+            renamed.write_text(re.sub("^", prefix, renamed.read_text().strip(), flags=re.M))
+
+
+@pytest.mark.parametrize("name", ["train-clean-5", "my words", "train", "noise", "2023", "prepare"])
+def test_any_folder_is_a_split(small, tmp_path, name):
+    """Whatever its name, also where other files of the save folder have it."""
+    for folder, prefix in ((name, ""), ("more", "9"), ("dev", "8")):
+        shutil.copytree(small / "train-clean-100", small / folder)
+        rename_utterances(small / folder, prefix)
+    save = tmp_path / "save"
+    for _ in range(2):
+        prepare_librispeech(small, save, [name, "more"], "dev", num_workers=0)
+        for split, count in ((name, 21), ("more", 21), ("dev", 21)):
+            data = DynamicItemDataset.from_csv(librispeech.manifest_path(save, split)).data
+            assert len(data) == count
+            assert {f"/{split}/" in row["wav"] for row in data.values()} == {True}
+        assert len(DynamicItemDataset.from_csv(save / "train.csv").data) == 42
+
+
+def test_a_name_alone_is_one_split(small, tmp_path):
+    prepare_librispeech(small, tmp_path, "train-clean-100", num_workers=0)
+    assert len(DynamicItemDataset.from_csv(tmp_path / "train.csv").data) == 21
+    with pytest.raises(FileNotFoundError, match="no folder 'train-clean-100,dev-clean'"):
+        prepare_librispeech(small, tmp_path, "train-clean-100,dev-clean")
+
+
+def test_a_split_may_be_validated_and_tested_with(small, tmp_path):
+    """As Mini LibriSpeech has only two."""
+    shutil.copytree(small / "train-clean-100", small / "dev-clean-2")
+    splits = ("train-clean-100", "dev-clean-2", "dev-clean-2")
+    prepare_librispeech(small, tmp_path, *splits, num_workers=0)
+    assert len(DynamicItemDataset.from_csv(tmp_path / "dev-clean-2.csv").data) == 21
+    for splits in (("a", "a"), ("a", [], "a"), (["a", "a"],), ("b", ["a", "a"])):
+        with pytest.raises(ValueError, match="split 'a' is given more than once"):
+            prepare_librispeech(small, tmp_path, *splits)
+
+
+def test_utterances_of_one_name_are_refused(small, tmp_path):
+    """In one split or several that are read together, not in train and test."""
+    shutil.copytree(small / "train-clean-100", small / "copy")
+    prepare_librispeech(small, tmp_path / "a", "train-clean-100", [], "copy", num_workers=0)
+    with pytest.raises(ValueError, match=f"copy: {small}/copy/.* the utterance ID of {small}/tra"):
+        prepare_librispeech(small, tmp_path / "b", ["train-clean-100", "copy"], num_workers=0)
+    (speaker,) = (small / "copy").iterdir()
+    shutil.copytree(speaker, small / "copy/other")
+    with pytest.raises(ValueError, match="has the utterance ID of"):
+        prepare_librispeech(small, tmp_path / "c", "copy", num_workers=0)
+
+
+def test_leftovers_of_macos_are_ignored(small, tmp_path):
+    prepare_librispeech(small, tmp_path / "clean", "train-clean-100", num_workers=0)
+    for path in [small / "train-clean-100", *(small / "train-clean-100").rglob("*")]:
+        path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07\xff")
+    (small / "train-clean-100/.DS_Store").touch()
+    hidden = shutil.copytree(min((small / "train-clean-100").glob("1*")), small / "hidden")
+    hidden.rename(small / "train-clean-100/.Trash")
+    prepare_librispeech(small, tmp_path / "left", "train-clean-100", num_workers=0)
+    assert contents(tmp_path / "left") == contents(tmp_path / "clean")
+    with pytest.raises(FileNotFoundError, match="it holds: train-clean-100$"):
+        prepare_librispeech(small, tmp_path / "none", "none")
+
+
+def as_wav(folder, keep=False, extension=".wav", **options):
+    for path in utterances(folder):
+        samples, rate = soundfile.read(path)
+        soundfile.write(path.with_suffix(extension), samples, rate, **options)
+        if not keep:
+            path.unlink()
+
+
+def test_wav_files_are_read(small, tmp_path):
+    options = {"train_splits": "train-clean-100", "num_workers": 0}
+    prepare_librispeech(small, tmp_path / "flac", **options)
+    as_wav(small, keep=True)
+    prepare_librispeech(small, tmp_path / "both", **options)
+    assert contents(tmp_path / "both") == contents(tmp_path / "flac")
+    for path in utterances(small):
+        path.unlink()
+        path.with_suffix(".wav").rename(path.with_suffix(".WAV"))
+    prepare_librispeech(small, tmp_path / "wav", **options)
+    flac, wav = (
+        DynamicItemDataset.from_csv(tmp_path / name / "train.csv").data for name in ("flac", "wav")
+    )
+    changed = ("wav", "size", "mtime_ns")
+    assert {name: {**row, **dict.fromkeys(changed)} for name, row in wav.items()} == {
+        name: {**row, **dict.fromkeys(changed)} for name, row in flac.items()
+    }
+    assert all(row["wav"].endswith(".WAV") for row in wav.values())
+
+
+@pytest.mark.parametrize(
+    ("samples", "keep", "reason"),
+    [
+        ([0.1] * 800, 0.5, "truncated: its header promises 3200 bytes of audio, it has "),
+        ([0.1] * 800 + [np.nan], 1, "samples that are not finite"),
+        ([0.1] * 800 + [np.inf], 1, "samples that are not finite"),
+        ([0.1] * 800 + [1e30], 1, "samples that are not finite, or far too large"),
+        ([], 1, "it has no samples"),
+    ],
+)
+def test_bad_wav_files_are_named(small, tmp_path, samples, keep, reason):
+    as_wav(small)
+    path = min(small.rglob("*.wav"))
+    soundfile.write(path, np.array(samples), 16000, subtype="FLOAT")
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(ValueError, match=f"{path}: .*{reason}"):
+        prepare_librispeech(small, tmp_path, "train-clean-100", num_workers=0)
+
+
+def test_sample_rate_is_that_of_the_corpus(small, tmp_path):
+    split = "train-clean-100"
+    prepare_it = functools.partial(prepare_librispeech, small, tmp_path, split, num_workers=0)
+    with pytest.raises(ValueError, match=r"16000 Hz, expected 8000 Hz \(sample_rate\)"):
+        prepare_it(sample_rate=8000)
+    prepare_it()
+    with pytest.raises(ValueError, match=r"16000 Hz, expected 8000 Hz \(sample_rate\)"):
+        prepare_it(sample_rate=8000)  # also of what was checked before
+    with pytest.raises(ValueError, match=r"expected 8000 Hz .*\(and 20 more .*no usable utterance"):
+        prepare_it(sample_rate=8000, skip_bad_files=True)
+    for path in utterances(small):
+        soundfile.write(path, soundfile.read(path)[0][::2], 8000)
+    with pytest.raises(ValueError, match=r"8000 Hz, expected 16000 Hz \(sample_rate\)"):
+        prepare_it()
+    arguments = [str(small), str(tmp_path), "--train", split, "--workers", "0"]
+    with pytest.raises(SystemExit, match="8000 Hz, expected 16000 Hz"):
+        prepare.main(arguments)
+    prepare.main([*arguments, "--sample-rate", "8000"])
+    data = DynamicItemDataset.from_csv(tmp_path / "train.csv").data
+    for row in data.values():
+        assert len(read_audio(row["wav"])) == pytest.approx(row["duration"] * 8000)
+    prepare_it(sample_rate=None)  # of no interest to a language model
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("command", ["prepare", "mini_librispeech"])
+def test_workers_end_with_a_command(small, tmp_path, command, stop):
+    """However it is stopped, while they work."""
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    work = (
+        "import os, pathlib, time\n"
+        "def work(*arguments):\n"
+        f"    (pathlib.Path({str(pids)!r}) / str(os.getpid())).touch()\n"
+        "    time.sleep(600)\n"
+    )
+    (tmp_path / "endless.py").write_text(work)
+    code = {
+        "prepare": "import endless, prepare\n"
+        "from sligru_recipes.corpora import librispeech\n"
+        "librispeech.check_audio = endless.work\n"
+        f"prepare.main([{str(small)!r}, {str(tmp_path)!r}, '--train', 'train-clean-100', "
+        "'--workers', '2'])\n",
+        "mini_librispeech": "import endless, mini_librispeech\n"
+        "from sligru_recipes.corpora import embedded\n"
+        "embedded.speak = endless.work\n"
+        f"mini_librispeech.main([{str(tmp_path / 'corpus')!r}, '--workers', '2'])\n",
+    }[command]
+    # A worker that is spawned imports this script, too.
+    script = tmp_path / "script.py"
+    lines = code.splitlines()
+    script.write_text("\n".join(["if __name__ == '__main__':", *(f"    {line}" for line in lines)]))
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    parent = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": path})
+    wait_until(lambda: any(pids.iterdir()), 60)
+    parent.send_signal(stop)
+    parent.wait(timeout=20)
+    wait_until(lambda: not any(alive(int(path.name)) for path in pids.iterdir()), 20)
 
 
 def test_command_line_ends_in_one_line(tmp_path):

@@ -24,6 +24,7 @@ from helpers import ROOT
 from recorded_run import record_run
 from speechbrain.augment.time_domain import Resample
 from tiny_corpora import SPLITS, make_noise
+from tiny_runs import TINY, YAML, complaint
 
 import sb_fast_sligru
 import train_ctc
@@ -33,27 +34,10 @@ from sligru_recipes.training.experiment import run_script
 
 pytestmark = pytest.mark.usefixtures("environment_described_once", "one_thread")
 
-YAML = ROOT / "hparams/librispeech_ctc.yaml"
-MINI = ROOT / "hparams/librispeech_ctc_mini.yaml"
 RECORDED_RUN = Path(__file__).with_name("recorded_run.py")
 # torchrun, of this interpreter
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
-# Nothing random, and as small as the model can be.
-TINY = (
-    YAML,
-    f"--overrides={MINI}",
-    "--device=cpu",
-    "--noprogressbar",
-    "--token_type=char",
-    "--vocab_size=6",  # as many as the noise's transcripts have: the YAML is not loaded twice
-    "--dropout=0.0",
-    "--cnn_channels=[2]",
-    "--rnn_layers=1",
-    "--rnn_neurons=8",
-    "--dnn_neurons=16",
-    "--export_inference=False",
-)
 # Every layer treats each utterance alone. CRDNN's linear layers have a BatchNorm, so there are
 # none; its convolutions have LayerNorms anyway.
 ALONE = ("--rnn_class=!name:recorded_run.LayerNormSLiGRU", "--dnn_blocks=0")
@@ -310,17 +294,6 @@ def test_updates_with_nan_are_skipped_and_counted(killed):
 # What can be wrong
 
 
-def complaint(argv):
-    """Run the recipe as its script does; return what it prints on stderr as it exits with 1."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", ["train_ctc.py", *map(str, argv)])
-        run_script(train_ctc.main)
-    message = stop.value.code
-    assert isinstance(message, str), message  # printed by Python, with exit status 1
-    assert "\n" not in message
-    return message
-
-
 def truncate(path):
     path.write_bytes(path.read_bytes()[:2000])
     return path
@@ -360,11 +333,15 @@ def test_foreign_characters_are_named(own_noise, tmp_path):
     assert "1-10-0002.flac" in message and "'8', 'Ü'" in message
 
 
-def test_characters_outside_the_vocabulary_are_named(own_noise, tmp_path):
-    path = own_noise / "dev-clean/2/10/2-10.trans.txt"
-    path.write_text(re.sub(r"(2-10-0001) .*", r"\1 QUIZ", path.read_text()))
-    message = complaint(bad_input_arguments(own_noise, tmp_path))
-    assert "dev-clean.csv: 2-10-0001 has the character 'I'" in message
+def test_characters_outside_a_given_vocabulary_are_named(own_noise, tmp_path):
+    argv = bad_input_arguments(own_noise, tmp_path)
+    train_ctc.main([*map(str, argv), "--number_of_epochs=1"])
+    path = own_noise / "train-clean-100/1/10/1-10.trans.txt"
+    path.write_text(re.sub(r"(1-10-0001) .*", r"\1 QUIZ", path.read_text()))
+    given = (tmp_path / "output/save/6_char.model").rename(tmp_path / "given.model")
+    shutil.rmtree(tmp_path / "output")
+    message = complaint([*argv, f"--tokenizer_file={given}"])
+    assert "train.csv: 1-10-0001 has the character 'I'" in message
 
 
 def test_empty_split_is_named(own_noise, tmp_path):
@@ -385,6 +362,105 @@ def test_empty_manifest_is_named(own_noise, tmp_path):
 def test_key_given_twice_is_named(own_noise, tmp_path):
     argv = [*bad_input_arguments(own_noise, tmp_path), "--rnn_neurons=9"]
     assert 'duplicate key "rnn_neurons"' in complaint(argv)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--tokenizer_file={0}/none.model", "tokenizer_file {0}/none.model does not exist"),
+        ("--tokenizer_file={0}", "tokenizer_file {0} does not exist or is no file"),
+        ("--noise_folder={0}/none", "noise_folder {0}/none does not exist or is no folder"),
+        ("--pretrained_folder={0}/none", "pretrained_folder {0}/none does not exist"),
+        ("--pretrained_folder={0}", "pretrained_folder {0} has no tokenizer.ckpt"),
+        ("--train_csv=$DATA/train.csv", "train_csv $DATA/train.csv: $DATA is not expanded here"),
+        ("--shard_folder=~/shards", "shard_folder ~/shards: ~ is not expanded here"),
+        ("--valid_csv=${{DATA}}/dev.csv", "valid_csv ${{DATA}}/dev.csv: ${{DATA}} is not expanded"),
+        ("--test_csv=[$A/a.csv,$B/b.csv]", "test_csv $A/a.csv: $A is not expanded here"),
+        ("--lr=high", "lr must be a number, got 'high'"),
+        ("--number_of_epochs=[3]", "number_of_epochs must be a number, got [3]"),
+        ("--skip_bad_files=1", "skip_bad_files must be True or False, got 1"),
+        ("--opt_class=!name:torch.optim.SGD {{momentum: 0.9}}", "keeps the class of"),
+        (
+            "--ckpt_interval_steps=5 --ckpt_interval_minutes=5",
+            "ckpt_interval_steps and ckpt_interval_minutes exclude each other",
+        ),
+    ],
+)
+def test_what_cannot_be_is_named_before_any_work(own_noise, tmp_path, argument, message):
+    argv = [*bad_input_arguments(own_noise, tmp_path), *argument.format(tmp_path).split(" --")]
+    argv = [a if str(a).startswith(("--", "/")) else f"--{a}" for a in argv]
+    assert message.format(tmp_path) in complaint(argv)
+    assert list((tmp_path / "output").rglob("*.csv")) == []  # nothing was prepared
+
+
+def test_path_that_a_shell_did_not_expand_is_no_folder_of_that_name(own_noise, tmp_path):
+    argv = [*bad_input_arguments(own_noise, tmp_path)[:-1], f"--output_folder={tmp_path}/$RUN/1"]
+    assert "output_folder" in complaint(argv)
+    assert not (tmp_path / "$RUN").exists()
+    (tmp_path / "$RUN").mkdir()  # one that is called so may be used
+    truncate(own_noise / "train-clean-100/1/10/1-10-0001.flac")
+    argv[-1] = f"--output_folder={tmp_path}/$RUN"
+    assert "truncated" in complaint(argv)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- lr\n- 3\n", "o.yaml has no keys"),
+        ("", "o.yaml has no keys"),
+        ("lr: 1\nlr: 2\n", "o.yaml, line 2: found duplicate key"),
+        ("max_grad_norm: 1.0\n", "max_grad_norm is a run option: give it on the command line"),
+        ("\xff\xfe", "o.yaml is not a text file"),
+    ],
+)
+def test_override_file_that_is_none_is_named(own_noise, tmp_path, content, message):
+    (tmp_path / "o.yaml").write_bytes(content.encode("latin-1"))
+    argv = bad_input_arguments(own_noise, tmp_path)
+    argv = [f"--overrides={tmp_path}/o.yaml" if "--overrides" in str(a) else a for a in argv]
+    assert message in complaint(argv)
+
+
+def test_checkpoints_by_steps_need_no_second_key(own_noise, tmp_path):
+    """The YAML's own ckpt_interval_minutes gives way."""
+    argv = [*bad_input_arguments(own_noise, tmp_path), "--number_of_epochs=1"]
+    train_ctc.main([str(argument) for argument in (*argv, "--ckpt_interval_steps=1")])
+    settings = (tmp_path / "output/hyperparams.yaml").read_text()
+    assert re.search(r"^ckpt_interval_minutes: 0\b", settings, re.MULTILINE)
+
+
+def test_divergence_is_told_in_a_line(noise, nan_manifests, tmp_path):
+    argv = [*TINY, f"--data_folder={noise}", *nan_manifests, f"--output_folder={tmp_path}"]
+    argv += ["--dynamic_batching=False", "--batch_size=2", "--nonfinite_patience=0", *ALONE]
+    message = complaint([*argv, "--norm_type=sentence"])
+    assert "training diverged: in epoch 1, batch 1 the loss is nan" in message
+    assert "nonfinite_patience" in message and "lower lr than 0.003" in message
+
+
+def test_all_lines_of_a_message_are_printed():
+    """But for an error of a loader's process, whose traceback is before it."""
+
+    def fail_with(text):
+        def main(argv):
+            raise ValueError(text)
+
+        with pytest.raises(SystemExit) as stop:
+            run_script(main)
+        return stop.value.code.partition(": ")[2]
+
+    assert fail_with("the first line\n  and the second") == "the first line and the second"
+    assert fail_with("") == "ValueError"
+    text = "Caught OSError\nTraceback (most recent call last):\n  File\nOSError: x.flac"
+    assert fail_with(text) == "OSError: x.flac"
+
+
+def test_group_of_processes_is_left_at_the_end(tmp_path):
+    def main(argv):
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+        )
+
+    run_script(main)
+    assert not torch.distributed.is_initialized()
 
 
 def test_output_folder_that_cannot_be_made_is_named(own_noise, tmp_path):

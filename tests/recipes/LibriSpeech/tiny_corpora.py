@@ -18,7 +18,7 @@ def make_speech(folder, utterances):
     return folder / "LibriSpeech"
 
 
-def make_noise(folder, seconds):
+def make_noise(folder, seconds, rate=16000):
     """Write a corpus of noise: a train utterance for each of `seconds`, few others."""
     for speaker, (split, durations) in enumerate(
         zip(SPLITS, (seconds, seconds[:2], seconds[:1]), strict=True), 1
@@ -29,8 +29,8 @@ def make_noise(folder, seconds):
         transcripts = []
         for number, duration in enumerate(durations):
             name = f"{speaker}-10-{number:04d}"
-            noise = 0.1 * random.standard_normal(round(16000 * duration))
-            soundfile.write(chapter / f"{name}.flac", noise, 16000)
+            noise = 0.1 * random.standard_normal(round(rate * duration))
+            soundfile.write(chapter / f"{name}.flac", noise, rate)
             words = random.choice(("NODE", "DONE"), 2)  # the same letters in all splits
             transcripts.append(f"{name} {' '.join(words)}\n")
         (chapter / f"{speaker}-10.trans.txt").write_text("".join(transcripts))

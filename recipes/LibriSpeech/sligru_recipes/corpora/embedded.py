@@ -21,6 +21,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from ..files import write_text
+from ..processes import end_with_parent
 from .sentences import LargeGrammar, SmallGrammar
 
 SAMPLE_RATE = 16000
@@ -267,14 +269,15 @@ def speak(folder, speaker, seed):
         total += len(samples)
     # The transcripts come last: a speaker who has them is complete.
     for path, text in _transcripts(folder, speaker).items():
-        _write_atomically(path, text)
+        write_text(path, text)
     return total / SAMPLE_RATE
 
 
 def _in_fresh_process(function, *arguments):
     # Python 3.10 has no max_tasks_per_child, and multiprocessing.Pool waits for ever for a worker
     # that died.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=end_with_parent) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -292,16 +295,10 @@ def _transcripts(folder, speaker):
     return {path: "".join(content) for path, content in lines.items()}
 
 
-def _write_atomically(path, text):
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="ascii", newline="\n")
-    os.replace(partial, path)
-
-
 def _seconds_on_disk(folder, speaker):
     """Seconds of a speaker's finished audio; None if the speaker has to be spoken (again)."""
     for path, text in _transcripts(folder, speaker).items():
-        if not path.is_file() or path.read_text(encoding="ascii") != text:
+        if not path.is_file() or path.read_bytes() != text.encode():
             return None
     try:
         samples = sum(
@@ -318,7 +315,7 @@ def _claim_folder(folder, settings):
     path = folder / "settings.json"
     if path.is_file():
         # Versions before 0.2 had one vocabulary, the small one.
-        found = {"vocabulary": "small"} | json.loads(path.read_text(encoding="utf-8"))
+        found = {"vocabulary": "small"} | _read_settings(path)
         changed = [key for key in settings if found.get(key) != settings[key]]
         if changed:
             differences = ", ".join(
@@ -335,7 +332,17 @@ def _claim_folder(folder, settings):
         )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(settings, indent=1) + "\n")
+
+
+def _read_settings(path):
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it has no keys")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete the corpus, or the file") from error
+    return settings
 
 
 def make_corpus(folder, splits=None, seed=0, workers=None, vocabulary="small"):
@@ -390,7 +397,7 @@ def make_corpus(folder, splits=None, seed=0, workers=None, vocabulary="small"):
     )
     seconds, missing = _speak_missing(folder, speakers, seed, workers)
     if missing or not (folder / "SPEAKERS.TXT").is_file():
-        _write_atomically(folder / "SPEAKERS.TXT", _speaker_table(seconds))
+        write_text(folder / "SPEAKERS.TXT", _speaker_table(seconds))
     return {
         split: sum(seconds[speaker] for speaker in speakers if speaker.split == split)
         for split in splits
@@ -459,7 +466,7 @@ def speak_known_speakers(folder, corpus, split, utterances, workers=None):
     path = Path(corpus, "settings.json")
     if not path.is_file():
         raise ValueError(f"{corpus} is no corpus of mini_librispeech.py: it has no settings.json")
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = _read_settings(path)
     for key, here in (("generator", GENERATOR_VERSION), ("espeakng_loader", _engine_version())):
         if settings[key] != here:
             raise ValueError(f"{corpus} was made by {key} {settings[key]}, here it is {here}")

@@ -1,40 +1,55 @@
 """CSV manifests of LibriSpeech, or of any corpus in its layout, with every file checked.
 
 Columns are those of SpeechBrain's own preparation (ID, duration, wav, spk_id, wrd), to be read
-with `DynamicItemDataset.from_csv`. Expected in a corpus's folder:
+with `DynamicItemDataset.from_csv`, and what tells whether a file is still the one that was checked.
+Expected in a corpus's folder, whose splits may have any names:
 
-    SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac         16 kHz, mono
+    SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac         or .wav; mono
     SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt         one "ID TEXT" a line
+
+Where an utterance has both, its FLAC file is taken. Hidden files, such as the "._" ones that macOS
+leaves in archives, are ignored.
 """
 
+import contextlib
 import csv
-import hashlib
 import io
 import json
 import logging
 import os
+import re
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import soundfile
-from speechbrain.dataio.dataio import merge_csvs
-from speechbrain.utils.parallel import parallel_map
+from speechbrain.utils.parallel import get_available_cpu_count, parallel_map
 from tqdm import tqdm
 
-SAMPLE_RATE = 16000
-SPLITS = (
-    "train-clean-100",
-    "train-clean-360",
-    "train-other-500",
-    "dev-clean",
-    "dev-other",
-    "test-clean",
-    "test-other",
-)
-COLUMNS = ("ID", "duration", "wav", "spk_id", "wrd")
+from ..files import write_text
+from ..processes import end_with_parent
+
+SAMPLE_RATE = 16000  # of LibriSpeech, Hz
+COLUMNS = ("ID", "duration", "wav", "spk_id", "wrd", "sample_rate", "size", "mtime_ns")
 ALPHABET = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ' ")
+EXTENSIONS = (".flac", ".wav")  # the first is preferred
+# SPLIT.csv of a split of such a name would be another file of `save_folder`.
+TAKEN_NAMES = ("train", "noise")
+BLOCK = 2**20  # samples that are decoded at a time
+# How libsndfile notes that a WAV file ends before its header says.
+CUT_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 
 logger = logging.getLogger(__name__)
+
+
+class File(NamedTuple):
+    """An audio file and its state."""
+
+    path: str
+    size: int  # bytes
+    mtime_ns: int
 
 
 def prepare_librispeech(
@@ -45,37 +60,41 @@ def prepare_librispeech(
     test_splits=(),
     skip_bad_files=False,
     num_workers=None,
+    sample_rate=SAMPLE_RATE,
 ):
-    """Write SPLIT.csv for every split, and train.csv for all train splits together.
+    """Write a manifest for every split, and train.csv for all train splits together.
 
-    A split that was prepared before from the same files with the same options is skipped, so an
-    interrupted preparation goes on with the first unfinished split. `prepare.json` in
-    `save_folder` records what was done.
+    Files that an earlier manifest in `save_folder` has, and whose size and time of modification
+    are still those, are not checked again; an interrupted preparation goes on with the first
+    unfinished split. `prepare.json` in `save_folder` lists what was left out.
 
     Arguments
     ---------
     data_folder : str or Path
         Holds one folder a split.
     save_folder : str or Path
-        Where the manifests go; made if absent.
-    train_splits, dev_splits, test_splits : sequence of str
-        Names of LibriSpeech's splits (`SPLITS`).
+        Where the manifests go (see `manifest_path`); made if absent.
+    train_splits, dev_splits, test_splits : sequence of str, or str
+        Names of folders in `data_folder`.
     skip_bad_files : bool
         False: a bad file is an error. True: it is left out, counted in a warning and listed in
         `prepare.json`. Bad is an utterance without audio, without words or with other characters
-        than LibriSpeech's (`ALPHABET`), and audio that is unreadable, empty, truncated, not at
-        16 kHz or not mono.
+        than LibriSpeech's (`ALPHABET`), and audio that is unreadable, empty, truncated, damaged,
+        not finite, not at `sample_rate` or not mono.
     num_workers : int or None
         Processes that check files, 0 for this one alone, None for one per CPU. Does not change
         the result.
+    sample_rate : int or None
+        Hz; None: any.
 
     Raises
     ------
     FileNotFoundError
         If `data_folder` or a split's folder does not exist.
     ValueError
-        If a split is unknown, given twice or empty, a transcript file is malformed, or a file is
-        bad. The message names the split and the file.
+        If a split is given twice, but for validation and test, or is empty, a transcript file is
+        malformed, an utterance ID occurs twice, or a file is bad. The message names the split and
+        the file.
     OSError
         If a manifest cannot be written. The message names `save_folder` and the reason.
 
@@ -86,63 +105,79 @@ def prepare_librispeech(
     ... )  # doctest: +SKIP
     """
     data_folder, save_folder = Path(data_folder).resolve(), Path(save_folder)
-    splits = [*train_splits, *dev_splits, *test_splits]
-    _check_splits(data_folder, splits, train_splits)
+    train_splits, dev_splits = as_list(train_splits), as_list(dev_splits)
+    # One may be there for validation and for test.
+    splits = list(dict.fromkeys([*train_splits, *dev_splits, *as_list(test_splits)]))
+    _check_splits(data_folder, train_splits, dev_splits, as_list(test_splits))
     _check_writable(save_folder)
     record_path = save_folder / "prepare.json"
-    record = json.loads(record_path.read_text()) if record_path.is_file() else {}
+    record = _read_record(record_path)
+    manifests, ids = {}, {"train": {}, "dev": {}}
 
     for split in splits:
-        manifest = save_folder / f"{split}.csv"
-        transcripts = sorted((data_folder / split).glob("*/*/*.trans.txt"))
-        request = {
-            "folder": str(data_folder / split),
-            "transcripts": _fingerprint(transcripts),
-            "skip_bad_files": bool(skip_bad_files),
-        }
-        if manifest.is_file() and record.get(split, {}).get("request") == request:
-            logger.info(f"{split}: prepared before, {manifest} is kept")
-            continue
-        rows, bad = _check_utterances(
-            data_folder / split, _read_transcripts(split, transcripts), num_workers
-        )
-        if bad and not skip_bad_files:
+        folder, manifest = data_folder / split, manifest_path(save_folder, split)
+        rows, bad = _check_split(folder, _read_checked(manifest), sample_rate, num_workers)
+        if bad and not (skip_bad_files and rows):
             path, reason = next(iter(bad.items()))
             more = f" (and {len(bad) - 1} more bad files)" if len(bad) > 1 else ""
-            raise ValueError(
-                f"{split}: {path}: {reason}{more}; repair the corpus or set skip_bad_files"
-            )
+            hint = "no usable utterance" if skip_bad_files else "repair it or set skip_bad_files"
+            raise ValueError(f"{split}: {path}: {reason}{more}; {hint}")
         if not rows:
-            raise ValueError(f"{split}: no usable utterance in {data_folder / split}")
+            raise ValueError(
+                f"{split}: no usable utterance in {folder}, which should hold "
+                "SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt"
+            )
+        group = "train" if split in train_splits else "dev" if split in dev_splits else split
+        _check_ids(split, rows, ids.setdefault(group, {}))
         if bad:
             logger.warning(f"{split}: {len(bad)} bad files left out, listed in {record_path}")
-        _write_atomically(manifest, _manifest(rows))
-        record[split] = {"request": request, "utterances": len(rows), "left_out": bad}
-        _write_atomically(record_path, json.dumps(record, indent=1) + "\n")
-        hours = sum(row[1] for row in rows) / 3600
-        logger.info(f"{split}: {len(rows)} utterances, {hours:.2f} h in {manifest}")
-    try:
-        merge_csvs(str(save_folder), [f"{split}.csv" for split in train_splits], "train.csv")
-    except OSError as error:
-        raise _unwritable(save_folder, error) from error
+        manifests[split] = _manifest(rows)
+        if _holds(manifest, manifests[split]):
+            logger.info(f"{split}: prepared before, {manifest} is kept")
+        else:
+            _write(manifest, manifests[split])
+            hours = sum(row[1] for row in rows) / 3600
+            logger.info(f"{split}: {len(rows)} utterances, {hours:.2f} h in {manifest}")
+        if record.get(split) != (found := {"utterances": len(rows), "left_out": bad}):
+            record[split] = found
+            _write(record_path, json.dumps(record, indent=1) + "\n")
+    header = _manifest([])
+    merged = header + "".join(manifests[split][len(header) :] for split in train_splits)
+    if not _holds(save_folder / "train.csv", merged):
+        _write(save_folder / "train.csv", merged)
 
 
-def _check_splits(data_folder, splits, train_splits):
+def as_list(names):
+    """A key of the YAML that takes one name or several, as a list of strings."""
+    if names is None:
+        return []
+    return [str(name) for name in (names if isinstance(names, list | tuple) else [names])]
+
+
+def manifest_path(save_folder, split):
+    """The manifest of a split: SPLIT.csv, or SPLIT-split.csv where that is another file."""
+    return Path(save_folder, f"{split}-split.csv" if split in TAKEN_NAMES else f"{split}.csv")
+
+
+def _check_splits(data_folder, train_splits, dev_splits, test_splits):
     if not train_splits:
         raise ValueError("train_splits is empty: name at least one split")
+    splits = [*train_splits, *dev_splits, *test_splits]
     for split in splits:
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}; LibriSpeech has {', '.join(SPLITS)}")
-        if splits.count(split) > 1:
+        if Path(split).name != split or split in ("", ".."):
+            raise ValueError(f"a split is the name of a folder in data_folder, got {split!r}")
+        others = [group.count(split) for group in (train_splits, dev_splits, test_splits)]
+        if max(others) > 1 or (split in train_splits and sum(others) > 1):
             raise ValueError(f"split {split!r} is given more than once")
     if not data_folder.is_dir():
         raise FileNotFoundError(f"data_folder {data_folder} does not exist")
     for split in splits:
         if not (data_folder / split).is_dir():
-            found = [name for name in SPLITS if (data_folder / name).is_dir()]
+            found = [entry.name for entry in _entries(data_folder) if entry.is_dir()]
+            more = ", ..." if len(found) > 20 else ""
             raise FileNotFoundError(
                 f"data_folder {data_folder} has no folder {split!r}; "
-                f"of LibriSpeech's splits it holds: {', '.join(found) or 'none'}"
+                f"it holds: {', '.join(found[:20]) or 'none'}{more}"
             )
 
 
@@ -160,96 +195,211 @@ def _unwritable(save_folder, error):
     return OSError(error.errno, f"cannot write to save_folder: {error.strerror}", str(save_folder))
 
 
-def _fingerprint(transcripts):
-    """Changes when the transcripts of a split do, without reading them."""
-    digest = hashlib.sha256()
-    for path in transcripts:
-        status = path.stat()
-        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+def _write(path, text):
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+
+
+def _holds(path, text):
+    return path.is_file() and path.read_bytes() == text.encode()
+
+
+def _read_record(path):
+    """What is known of other splits; nothing where the file is damaged, as it is written anew."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+    return {}
+
+
+def _read_checked(manifest):
+    """File -> (seconds, Hz), of all that an earlier preparation found good."""
+    try:
+        with open(manifest, newline="", encoding="utf-8") as file:
+            rows = csv.reader(file)
+            if tuple(next(rows)) != COLUMNS:
+                raise ValueError("other columns")
+            return {
+                File(path, int(size), int(mtime)): (float(seconds), int(rate))
+                for _, seconds, path, _, _, rate, size, mtime in rows
+            }
+    except FileNotFoundError:
+        return {}
+    except (StopIteration, ValueError, csv.Error):  # damaged, or of an earlier version
+        logger.warning(f"{manifest} does not tell what was checked: all its files are checked")
+        return {}
+
+
+def _entries(folder):
+    """The entries of a folder by their names, without hidden ones."""
+    with os.scandir(folder) as entries:
+        visible = (entry for entry in entries if not entry.name.startswith("."))
+        return sorted(visible, key=lambda entry: entry.name)
+
+
+def _find(folder):
+    """The files of a split: a list of transcripts, and audio files by their paths without suffix.
+
+    A few system calls a file, since it is done at every start of a run.
+    """
+    transcripts, audio = [], {}
+    for speaker in filter(os.DirEntry.is_dir, _entries(folder)):
+        for chapter in filter(os.DirEntry.is_dir, _entries(speaker)):
+            for entry in _entries(chapter):
+                stem, suffix = os.path.splitext(entry.path)
+                if entry.name.endswith(".trans.txt"):
+                    transcripts.append(Path(entry.path))
+                elif suffix.lower() in EXTENSIONS and entry.is_file():
+                    status = entry.stat()
+                    file = File(entry.path, status.st_size, status.st_mtime_ns)
+                    if stem not in audio or suffix.lower() == EXTENSIONS[0]:
+                        audio[stem] = file
+    return transcripts, audio
 
 
 def _read_transcripts(split, transcripts):
-    """Audio path -> words, for every line of the transcripts."""
+    """Audio path without suffix -> words, for every line of the transcripts."""
     words = {}
     for path in transcripts:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{split}: {path} is not UTF-8 text: {error}") from error
+        chapter = path.name.removesuffix(".trans.txt") + "-"
+        folder = f"{path.parent}{os.sep}"
         for number, line in enumerate(lines, 1):
             identifier, _, text = line.strip().partition(" ")
-            audio = path.with_name(f"{identifier}.flac")
-            if not identifier.startswith(path.name.removesuffix(".trans.txt") + "-"):
+            if not identifier.startswith(chapter):
                 raise ValueError(
                     f"{split}: {path}, line {number}: expected an utterance ID of this chapter "
                     f"and its words, found {line[:60]!r}"
                 )
-            if audio in words:
+            stem = folder + identifier
+            if stem in words:
                 raise ValueError(f"{split}: {path}, line {number}: {identifier} occurs twice")
-            words[audio] = " ".join(text.split())
+            words[stem] = " ".join(text.split())
     return words
 
 
-def _check_utterances(folder, words, num_workers):
+def _check_split(folder, checked, sample_rate, num_workers):
     """Sort a split's utterances into manifest rows and {path: reason} of bad ones."""
-    utterances = dict.fromkeys(folder.glob("*/*/*.flac")) | words
-    paths = sorted(utterances)
-    progress = {"desc": f"checking {folder.name}", "unit": "file", "disable": None}
-    if num_workers == 0:
-        checked = map(_check_audio, tqdm(paths, **progress))
-    else:
-        checked = parallel_map(
-            _check_audio,
-            paths,
-            process_count=num_workers,
-            chunk_size=64,
-            progress_bar_kwargs=progress,
-        )
+    transcripts, audio = _find(folder)
+    words = _read_transcripts(folder.name, transcripts)
+    new = [file for file in audio.values() if file not in checked]
+    results = dict(zip(new, _check_files(folder.name, new, num_workers), strict=True))
     rows, bad = [], {}
-    for path, seconds, reason in checked:
-        reason = _check_words(utterances[path]) or reason
+    for stem, file in audio.items():
+        seconds, rate, reason = results.get(file) or (*checked[file], None)
+        if not reason and sample_rate and rate != sample_rate:
+            reason = f"{rate} Hz, expected {sample_rate} Hz (sample_rate)"
+        reason = _check_words(words.get(stem)) or reason
         if reason:
-            bad[str(path)] = reason
+            bad[file.path] = reason
         else:
+            name = os.path.basename(stem)
             # The reader's chapter is the "speaker" of SpeechBrain's manifests.
-            chapter = path.stem.rpartition("-")[0]
-            rows.append((path.stem, seconds, str(path), chapter, utterances[path]))
-    return rows, bad
+            chapter = name.rpartition("-")[0]
+            state = (rate, file.size, file.mtime_ns)
+            rows.append((name, seconds, file.path, chapter, words[stem], *state))
+    for stem in words.keys() - audio.keys():
+        bad[stem + EXTENSIONS[0]] = "the transcript names it, but there is no such file"
+    return rows, dict(sorted(bad.items()))
 
 
 def _check_words(text):
     """Say what is wrong with the transcript, if anything is."""
     if not text:
         return "no words for it in its chapter's .trans.txt"
-    foreign = sorted(set(text) - ALPHABET)
-    if foreign:
+    if not ALPHABET.issuperset(text):
         return (
-            f"its transcript has {', '.join(map(repr, foreign))}, "
+            f"its transcript has {', '.join(map(repr, sorted(set(text) - ALPHABET)))}, "
             f"expected A to Z, apostrophe and space alone: {text[:60]!r}"
         )
     return None
 
 
-def _check_audio(path):
-    """Return (path, seconds, None), or (path, None, what is wrong with the file)."""
-    if not path.is_file():
-        return path, None, "the transcript names it, but there is no such file"
+def _check_ids(split, rows, taken):
+    """Note in `taken`, ID -> path, the utterances of splits that are read together."""
+    for name, _, path, *_ in rows:
+        if name in taken:
+            raise ValueError(f"{split}: {path} has the utterance ID of {taken[name]}")
+        taken[name] = path
+
+
+def _check_files(split, files, num_workers):
+    """Results of `check_audio`, in the order of the files."""
+    paths = [file.path for file in files]
+    progress = {"desc": f"checking {split}", "unit": "file", "disable": None}
+    if num_workers == 0 or not paths:
+        return map(check_audio, tqdm(paths, **progress))
+    with ProcessPoolExecutor(
+        num_workers or get_available_cpu_count(), initializer=end_with_parent
+    ) as executor:
+        return list(
+            parallel_map(
+                check_audio,
+                paths,
+                chunk_size=64,
+                executor=executor,
+                progress_bar_kwargs=progress,
+            )
+        )
+
+
+def check_audio(path):
+    """Decode a file and say what is wrong with it.
+
+    Arguments
+    ---------
+    path : str or Path
+
+    Returns
+    -------
+    seconds : float or None
+    sample_rate : int or None
+        Hz.
+    reason : str or None
+        What is wrong; None: nothing.
+    """
     try:
         with soundfile.SoundFile(path) as audio:
-            if audio.samplerate != SAMPLE_RATE:
-                return path, None, f"{audio.samplerate} Hz, expected {SAMPLE_RATE} Hz"
-            if audio.channels != 1:
-                return path, None, f"{audio.channels} channels, expected 1"
-            try:
-                # Found in a truncated file only when its end is looked for; decoding the whole
-                # corpus would take a hundred times as long.
-                audio.seek(audio.frames - 1)
-            except soundfile.LibsndfileError:
-                return path, None, f"truncated: its header promises {audio.frames} samples"
-            return path, audio.frames / SAMPLE_RATE, None
+            reason = _check_content(audio)
+            return audio.frames / audio.samplerate, audio.samplerate, reason
     except soundfile.LibsndfileError as error:
-        return path, None, f"unreadable, {path.stat().st_size} bytes: {error.error_string}"
+        reason = error.error_string or f"error {error.code}"
+        return None, None, f"unreadable, {os.path.getsize(path)} bytes: {reason}"
+    except OSError as error:
+        return None, None, f"unreadable: {error.strerror or error}"
+
+
+def _check_content(audio):
+    if audio.channels != 1:
+        return f"{audio.channels} channels, expected 1"
+    if audio.frames == 0:
+        return "it has no samples"
+    cut = CUT_WAV.search(audio.extra_info)
+    if cut and int(cut[1]) > int(cut[2]):
+        return f"truncated: its header promises {cut[1]} bytes of audio, it has {cut[2]}"
+    truncated = f"truncated: its header promises {audio.frames} samples"
+    try:
+        audio.seek(audio.frames - 1)
+    except soundfile.LibsndfileError:
+        return truncated
+    audio.seek(0)
+    decoded = 0
+    try:
+        while len(block := audio.read(BLOCK, dtype="float32")):
+            with np.errstate(over="ignore", invalid="ignore"):
+                energy = np.dot(block, block)
+            if not np.isfinite(energy):
+                return "it has samples that are not finite, or far too large"
+            decoded += len(block)
+    except soundfile.LibsndfileError:
+        return f"damaged: its audio cannot be decoded after {decoded / audio.samplerate:.0f} s"
+    return None if decoded == audio.frames else truncated
 
 
 def _manifest(rows):
@@ -258,12 +408,3 @@ def _manifest(rows):
     writer.writerow(COLUMNS)
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _write_atomically(path, text):
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(partial, path)
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error

@@ -1,8 +1,11 @@
 """A corpus in a few large tar files, for file systems that are slow with many small ones.
 
-The files have WebDataset's layout: NAME-00000.tar and so on, in each KEY.flac and KEY.txt of an
-utterance side by side. They are read at known positions, so a data set of them is one like any
+The files have WebDataset's layout: NAME-DIGEST-00000.tar and so on, in each KEY.flac and KEY.txt of
+an utterance side by side. They are read at known positions, so a data set of them is one like any
 other: random access, sorted or dynamic batches, DDP, and training that resumes within an epoch.
+
+DIGEST is the manifest's. Runs of other manifests have other files in the same folder, and none is
+ever deleted or replaced.
 """
 
 import csv
@@ -16,45 +19,69 @@ from pathlib import Path
 from speechbrain.dataio import dataio
 from tqdm import tqdm
 
+from ..files import replacing
+from ..training.lock import lock_folder
+
 SHARD_BYTES = 2**30
+DIGEST_LENGTH = 12  # hexadecimal digits
+LOCK_FILE = ".packing.lock"  # not that of a run, whose output folder it may be
+
+
+def packed_manifest(manifest, folder):
+    """Path of the manifest of the shards of `manifest`, NAME-DIGEST.csv in `folder`."""
+    digest = hashlib.sha256(Path(manifest).read_bytes()).hexdigest()[:DIGEST_LENGTH]
+    return Path(folder, f"{Path(manifest).stem}-{digest}.csv")
 
 
 def pack(manifest, folder):
     """Copy the audio of a manifest into shards, or what is still missing of it.
 
-    Utterances lie in the order of their durations: those of a batch are near each other.
+    Utterances lie in the order of their durations: those of a batch are near each other. A second
+    process that packs into the folder waits for the first.
 
     Arguments
     ---------
     manifest : str or Path
         NAME.csv of `prepare_librispeech`.
     folder : str or Path
-        Gets NAME-00000.tar, ... and NAME.csv, a manifest whose `wav` column says where the audio
-        is (`read_audio` reads it). What was packed there from an equal manifest is kept.
+        Gets NAME-DIGEST-00000.tar, ... and `packed_manifest`, whose `wav` column says where the
+        audio is (`read_audio` reads it). What was packed there from an equal manifest is kept.
 
     Raises
     ------
     OSError
         If `folder` cannot be written or its disk has too little space.
+    ValueError
+        If the manifest has no utterance.
     """
-    manifest, folder = Path(manifest), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    packed, claim = folder / manifest.name, folder / f"{manifest.stem}.sha256"
-    source = hashlib.sha256(manifest.read_bytes()).hexdigest()
-    if not claim.is_file() or claim.read_text() != source:
-        packed.unlink(missing_ok=True)
-        for shard in folder.glob(f"{manifest.stem}-*.tar"):
-            shard.unlink()
-        claim.write_text(source)
-    if packed.is_file():
-        return
+    folder = Path(folder)
+    packed = packed_manifest(manifest, folder)
+    if not _is_complete(packed):
+        with lock_folder(folder, "shard_folder", LOCK_FILE, wait=True):
+            if not _is_complete(packed):
+                _pack(manifest, packed)
+
+
+def _is_complete(packed):
+    """Whether all shards are where their manifest says."""
+    if not packed.is_file():
+        return False
+    with open(packed, newline="", encoding="utf-8") as file:
+        shards = {row.get("wav", "").rsplit(":", 2)[0] for row in csv.DictReader(file)}
+    return bool(shards) and all(Path(shard).is_file() for shard in shards)
+
+
+def _pack(manifest, packed):
     with open(manifest, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{manifest} has no utterance")
     plan = _plan(sorted(rows, key=lambda row: (float(row["duration"]), row["ID"])))
-    paths = [folder / f"{manifest.stem}-{number:05d}.tar" for number in range(len(plan))]
+    paths = [packed.with_name(f"{packed.stem}-{number:05d}.tar") for number in range(len(plan))]
     missing = [path for path in paths if not path.is_file()]
-    _check_space(folder, [plan[paths.index(path)] for path in missing])
-    with tqdm(total=len(rows), desc=f"packing {manifest.stem}", unit="file") as progress:
+    _check_space(packed.parent, [plan[paths.index(path)] for path in missing])
+    title = f"packing {Path(manifest).stem}"
+    with tqdm(total=len(rows), desc=title, unit="file", disable=None) as progress:
         for path, utterances in zip(paths, plan, strict=True):
             if path in missing:
                 _write_shard(path, utterances)
@@ -64,12 +91,13 @@ def pack(manifest, folder):
                 member = places[_audio_name(row)]
                 row["wav"] = f"{path.resolve()}:{member.offset_data}:{member.size}"
             progress.update(len(utterances))
-    partial = packed.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(packed) as partial,
+        open(partial, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, packed)
 
 
 def read_audio(place):
@@ -123,12 +151,10 @@ def _check_space(folder, plan):
 
 
 def _write_shard(path, rows):
-    partial = path.with_suffix(".partial")
-    with tarfile.open(partial, "w") as shard:
+    with replacing(path) as partial, tarfile.open(partial, "w") as shard:
         for row in rows:
-            shard.add(row["wav"], _audio_name(row))
+            shard.add(os.path.realpath(row["wav"]), _audio_name(row))
             text = row["wrd"].encode()
             member = tarfile.TarInfo(f"{row['ID']}.txt")
             member.size = len(text)
             shard.addfile(member, io.BytesIO(text))
-    os.replace(partial, path)

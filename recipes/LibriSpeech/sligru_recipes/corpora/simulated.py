@@ -183,7 +183,8 @@ def make_dataset(name, hparams, targets, pool_folder=None):
     name : str
         Of `NAMES`.
     hparams : dict
-        The recipe's: `seed`, `vocab_size`, and `bos_index`, `eos_index` where it has them.
+        The recipe's: `seed`, `sample_rate`, `vocab_size`, and `bos_index`, `eos_index` where it
+        has them.
     targets : tuple of str
         As for `dataio_prepare`.
     pool_folder : str or Path, optional
@@ -195,7 +196,16 @@ def make_dataset(name, hparams, targets, pool_folder=None):
         Everything in it depends on the seed and the utterance's ID alone.
     description : str
         What a report says about input and output.
+
+    Raises
+    ------
+    ValueError
+        If the recipe's `sample_rate` is not LibriSpeech's.
     """
+    if hparams["sample_rate"] != SAMPLE_RATE:
+        raise ValueError(
+            f"sample_rate is {hparams['sample_rate']} Hz, but simulated audio has {SAMPLE_RATE} Hz"
+        )
     seed, vocab_size = hparams["seed"], hparams["vocab_size"]
     bos, eos = hparams.get("bos_index"), hparams.get("eos_index")
     first_token = 1 + max(hparams.get(key, 0) for key in ("blank_index", "bos_index", "eos_index"))

@@ -30,19 +30,22 @@ The report (report.py tells what is in it) is written anew after every RNN and p
 one that was interrupted is valid; `--resume` continues it.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import statistics
+import sys
 
 import scipy.stats
 from speechbrain.utils.autocast import AMPConfig
-from tqdm import tqdm
 
 import sb_fast_sligru
 from sb_fast_sligru import machine
 
+from ..progress import Progress
 from . import report as epoch_report
 from . import runs as epoch_runs
 from .checks import Refused, check_agreement, check_same_batches, check_seed_spread
@@ -149,7 +152,7 @@ def compare(arguments, options):
     """
     if options.passes < 1:
         raise ValueError(f"passes must be at least 1, got {options.passes}")
-    with load_recipe(arguments, options) as recipe:
+    with load_recipe(arguments, options, hold=True) as recipe:
         if not options.precisions:
             options = dataclasses.replace(options, precisions=(recipe.hparams["precision"],))
         if "tf32" in options.precisions and "cuda" not in recipe.device:
@@ -158,8 +161,6 @@ def compare(arguments, options):
         report = describe(recipe, arguments, options, chosen)
         if options.resume:
             report = epoch_report.resume(report, recipe.output_folder)
-        else:
-            epoch_report.remove(recipe.output_folder)
         if report["refused"] is None:
             try:
                 with epoch_runs.quiet():
@@ -168,8 +169,14 @@ def compare(arguments, options):
                 report["refused"] = str(error)
             except KeyboardInterrupt:
                 report["interrupted"] = True
-            epoch_report.write(report, recipe.output_folder)
+            if something_done(report):
+                epoch_report.write(report, recipe.output_folder)
         return report, recipe.output_folder
+
+
+def something_done(report):
+    """Whether the report is worth to take the place of an earlier one."""
+    return bool(report["variants"] or report["checks"]["agreement"] or report["refused"])
 
 
 def measure(report, recipe, arguments, options, chosen):
@@ -191,13 +198,16 @@ def measure(report, recipe, arguments, options, chosen):
             "processes": recipe.loader_options.get("num_workers", 0),
             "seconds_per_batch": epoch_runs.loading_seconds(recipe, chosen),
         }
-    with tqdm(total=total, unit="step", smoothing=0.02) as progress:
+    # Not by the log, which `quiet` silences.
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    minutes = recipe.hparams["log_interval_minutes"]
+    with contextlib.closing(Progress("comparison", total, "step", minutes, say)) as progress:
         for variants in groups:
             cell, precision = variants[0].cell, variants[0].precision
             if cell in to_agree - agreement.keys():
-                progress.set_description(f"{cell}: agreement without dropout")
+                progress.set_title(f"{cell}: agreement without dropout")
                 agreement[cell] = compare_losses(recipe, cell, chosen, progress)
-            progress.set_description(f"{cell} {precision}")
+            progress.set_title(f"{cell} {precision}")
             if options.isolate:
                 runs = []
                 for variant in variants:

@@ -50,7 +50,7 @@ def draw(report, path):
     for axes in (epochs, steps, *curves, lengths):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, format="png", dpi=110)
 
 
 def _draw_epochs(report, axes, timed):

@@ -14,6 +14,7 @@ from ..corpora import simulated
 from ..training.ctc import CTC
 from ..training.data import batching, dataio_prepare, prepare_data
 from ..training.experiment import load_hparams, parse_arguments
+from ..training.lock import lock_folder
 from ..training.seq2seq import Seq2Seq
 from ..training.tokenizer import load_tokenizer
 
@@ -74,7 +75,7 @@ class Recipe:
 
 
 @contextlib.contextmanager
-def load_recipe(arguments, options):
+def load_recipe(arguments, options, hold=False):
     """Prepare the data and plan the epoch, once for all variants.
 
     Arguments
@@ -82,6 +83,8 @@ def load_recipe(arguments, options):
     arguments : list of str
         Command line of the recipe.
     options : Options
+    hold : bool
+        Hold the output folder against other processes.
 
     Yields
     ------
@@ -93,6 +96,8 @@ def load_recipe(arguments, options):
             arguments = [*arguments, f"--data_folder={options.simulate}"]
         hparams_file, run_opts, overrides, _ = parse_arguments(arguments)
         hparams = load_hparams(hparams_file, overrides)
+        if hold:
+            stack.enter_context(lock_folder(hparams["output_folder"]))
         Path(hparams["save_folder"]).mkdir(parents=True, exist_ok=True)
         brain_class = Seq2Seq if "seq_cost" in hparams else CTC
         targets = brain_class.targets

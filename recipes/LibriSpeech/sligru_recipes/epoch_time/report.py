@@ -36,7 +36,6 @@ Keys of report.json:
 import base64
 import datetime
 import json
-import os
 import platform
 from pathlib import Path
 
@@ -46,6 +45,7 @@ import torch
 import sb_fast_sligru
 from sb_fast_sligru import machine
 
+from ..files import replacing
 from .pictures import draw
 from .texts import TITLE, as_html, paragraphs
 
@@ -56,30 +56,29 @@ def files(report):
     return (*names, "report.png") if report["variants"] else names
 
 
-def remove(folder):
-    """Remove the files of an earlier report."""
-    for name in ("report.json", "report.md", "report.html", "report.png"):
-        (folder / name).unlink(missing_ok=True)
-
-
 def write(report, folder):
-    """Write report.json, report.md, report.html and, if anything was timed, report.png."""
+    """Write report.json, report.md, report.html and, if anything was timed, report.png.
+
+    They take the place of an earlier report's.
+    """
     replace(folder / "report.json", json.dumps(report, indent=1).encode() + b"\n")
     picture = "![Epoch times, phases and losses](report.png)" if report["variants"] else ""
     parts = [f"# {TITLE}", *paragraphs(report, "pipe"), picture]
     replace(folder / "report.md", ("\n\n".join(filter(None, parts)) + "\n").encode())
     if report["variants"]:
-        draw(report, folder / "report.png")
+        with replacing(folder / "report.png") as partial:
+            draw(report, partial)
         data = base64.b64encode((folder / "report.png").read_bytes()).decode()
         picture = f'<img alt="Epoch times, phases and losses" src="data:image/png;base64,{data}">'
+    else:
+        (folder / "report.png").unlink(missing_ok=True)  # an earlier report's
     replace(folder / "report.html", as_html(report, picture).encode())
 
 
 def replace(path, content):
-    """Write a file as a whole, so that an interruption leaves the old or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    """Write a file of some bytes as a whole, so that an interruption leaves the old or the new."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def resume(report, folder):
@@ -94,9 +93,11 @@ def resume(report, folder):
     report = json.loads(json.dumps(report))  # with lists for tuples, as the file has
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
-        different = next((key for key in _IDENTITY if old[key] != report[key]), None)
-    except (OSError, ValueError, KeyError) as error:
+        if not isinstance(old, dict) or old.keys() != report.keys():
+            raise ValueError("its keys are not those of a report")
+    except (OSError, ValueError) as error:
         raise ValueError(f"--resume: {path} is no report to go on with ({error})") from error
+    different = next((key for key in _IDENTITY if old[key] != report[key]), None)
     if different:
         raise ValueError(f"--resume: {path} has other {different}: {old[different]}")
     return old | {"interrupted": False}

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from sb_fast_sligru.machine import tf32
 
+from ..processes import end_with_parent
 from ..training import brain as recipe_brain
 from ..training.experiment import load_hparams
 from .phases import PhaseClock, watch
@@ -194,7 +195,8 @@ _now = time.perf_counter
 def in_own_process(function, *arguments):
     """Call a function of this module in a fresh process."""
     method = multiprocessing.get_start_method()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=end_with_parent) as pool:
         return pool.submit(_with_start_method, method, function, *arguments).result()
 
 

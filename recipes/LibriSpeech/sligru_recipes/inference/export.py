@@ -9,11 +9,14 @@ import tempfile
 from pathlib import Path
 
 import sentencepiece
+import torch
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import TaggedScalar
 from ruamel.yaml.error import YAMLError
 from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.logger import get_logger
+
+from ..training.checkpoints import average_model, checkpoints_to_test
 
 logger = get_logger(__name__)
 
@@ -97,11 +100,11 @@ def export(run_folder, folder=None):
     folder = run_folder / "inference" if folder is None else Path(folder)
     run_yaml, hparams = _read_yaml(run_folder)
     save_folder = _moved(run_folder, hparams, "save_folder")
-    checkpoint = None
-    if save_folder.is_dir():
-        checkpoint = Checkpointer(save_folder).find_checkpoint(min_key="WER")
-    if checkpoint is None:
+    if not save_folder.is_dir():
         raise FileNotFoundError(f"{save_folder} has no checkpoint of a finished epoch")
+    count = hparams.get("avg_checkpoints", 1)  # runs of before that key have none
+    checkpoints = checkpoints_to_test(Checkpointer(save_folder), "WER", count)
+    checkpoint = checkpoints[0]
     files = {
         "model.ckpt": checkpoint.paramfiles["model"],
         "normalizer.ckpt": checkpoint.paramfiles["normalizer"],
@@ -121,7 +124,7 @@ def export(run_folder, folder=None):
     text = HEADER + _needed(entries, text.getvalue()) + "\n" + text.getvalue()
     text += _longest_utterance(_moved(run_folder, hparams, "train_csv"))
     _check_target(folder, run_folder, save_folder, ["hyperparams.yaml", *files])
-    _write(folder, text, files)
+    _write(folder, text, files, average_model(checkpoints) if count > 1 else None)
     return folder
 
 
@@ -158,7 +161,7 @@ def _longest_utterance(manifest):
             manifest,
         )
         return ""
-    return f"\nlongest_train_utterance: {seconds}  # s; transcribe.py cuts what is longer\n"
+    return f"\nlongest_train_utterance: {seconds}  # s; attention fails beyond it\n"
 
 
 def _check_target(folder, run_folder, save_folder, names):
@@ -178,7 +181,7 @@ def _check_target(folder, run_folder, save_folder, names):
             raise FileExistsError(f"{folder} has a {name} that no export made: choose another")
 
 
-def _write(folder, yaml, files):
+def _write(folder, yaml, files, model):
     """Fill a folder beside it first: what a full disk ends has lost nothing."""
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +190,8 @@ def _write(folder, yaml, files):
         path.write_text(yaml, encoding="utf-8", newline="\n")
         for name, source in files.items():
             shutil.copyfile(source, path.with_name(name))
+        if model is not None:
+            torch.save(model, path.with_name("model.ckpt"))
         folder.mkdir(exist_ok=True)
         for name in (path.name, *files):  # the YAML tells that the folder is an export
             os.replace(path.with_name(name), folder / name)

@@ -1,9 +1,11 @@
 """What the recipes add to SpeechBrain's Brain: counted skips, progress, pictures, DDP on a CPU."""
 
+import filecmp
+import hashlib
+import itertools
 import os
 import shutil
 import statistics
-import sys
 import time
 from functools import partial
 
@@ -23,12 +25,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from ..progress import Progress
+from .checkpoints import (
+    LOAD_ERRORS,
+    average_model,
+    checkpoints_to_test,
+    reason_of,
+    recency_of_finished,
+)
+from .resume import changed_keys
+
 logger = get_logger(__name__)
 
 # Parameters, and the optimiser's two values for each (Adadelta, Adam).
 CHECKPOINT_BYTES_PER_PARAMETER = 3 * 4
-# The best, the last, one within an epoch, and the one that is being written.
-CHECKPOINTS_AT_ONCE = 4
 # How many epochs are averaged to tell when the run ends: the first may be slower.
 EPOCHS_FOR_ETA = 3
 
@@ -38,7 +48,11 @@ class RecipeBrain(sb.Brain):
     """Brain of the recipes; subclasses compute the loss and collect errors.
 
     lr_annealing follows the validation loss; the best checkpoint is the one of lowest `best_by`,
-    a class attribute that names a validation statistic. Takes the tokenizer and what Brain does.
+    a class attribute that names a validation statistic. It is tested, or by the key
+    `avg_checkpoints` the mean of the last ones. Takes the tokenizer and what Brain does.
+
+    A run resumes with the next batch of the epoch that it was stopped in, if the batches before it
+    are those that it trained on; else the epoch starts anew.
 
     An update with a NaN or an infinity in its gradients is left out, in any precision, and
     counted; the count outlives a stop within an epoch. SpeechBrain itself counts losses only.
@@ -54,13 +68,19 @@ class RecipeBrain(sb.Brain):
         self.checkpointer.checkpoints_dir = ddp_broadcast(self.checkpointer.checkpoints_dir)
         self.history = []  # one dict of numbers per epoch
         self.skipped_updates = 0  # since the first epoch
+        self.nonfinite_count = 0  # in this epoch
         self.epoch = 0
         self.epoch_start = time.monotonic()
         self.epoch_seconds = 0.0  # spent in the current epoch before a stop
         self.batches_in = {}  # stage -> number of batches
         self.batches = 0  # in this stage
-        self.bar = tqdm(disable=True)
-        self.report_by_lines = False
+        self.progress = None  # of a stage
+        self.train_loader = None
+        self.batches_before = None  # digest of those that a checkpoint within an epoch had seen
+        if self.hparams.avg_checkpoints < 1:
+            raise ValueError(
+                f"avg_checkpoints must be at least 1, got {self.hparams.avg_checkpoints}"
+            )
         if self.hparams.use_tensorboard:
             try:
                 self.tensorboard = self.hparams.tensorboard_logger()
@@ -75,11 +95,21 @@ class RecipeBrain(sb.Brain):
 
     # Training
 
-    def fit(self, *args, **kwargs):
-        """SpeechBrain's, but with this class's own progress report."""
-        if if_main_process():
+    def fit(self, *args, when_ready=None, **kwargs):
+        """SpeechBrain's, but with this class's own progress report.
+
+        `when_ready` is called before the first batch, when the checkpoint has been loaded.
+        """
+        self.when_ready = when_ready
+        if self.test_only:
+            self._ready()
+        elif if_main_process():
             self._check_disk_space()
         super().fit(*args, progressbar=False, **kwargs)
+
+    def _ready(self):
+        if self.when_ready is not None:
+            self.when_ready()
 
     def evaluate(self, *args, **kwargs):
         """SpeechBrain's, but with this class's own progress report."""
@@ -89,7 +119,115 @@ class RecipeBrain(sb.Brain):
         """SpeechBrain's; also notes the number of batches."""
         loader = super().make_dataloader(dataset, stage, *args, **kwargs)
         self.batches_in[stage] = len(loader)
+        if stage == sb.Stage.TRAIN:
+            self.train_loader = loader
         return loader
+
+    def init_optimizers(self):
+        """SpeechBrain's; also notes the options, for which a checkpoint has its own."""
+        super().init_optimizers()
+        self.optimizer_options = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
+
+    def on_fit_start(self):
+        """SpeechBrain's; tells what the run goes on with."""
+        if self.checkpointer is None:  # nothing to go on with, nothing to keep
+            super().on_fit_start()
+            return
+        checkpoint = self.checkpointer.find_checkpoint()
+        if checkpoint is None and self.hparams.pretrained_folder:
+            self._load_initial_weights()
+        super().on_fit_start()
+        if checkpoint is not None:
+            self._go_on(checkpoint)
+        self._ready()
+
+    def _go_on(self, checkpoint):
+        changed = changed_keys(checkpoint.meta.get("settings", {}), self.checkpointer.settings)
+        for group, options in zip(self.optimizer.param_groups, self.optimizer_options, strict=True):
+            group.update(options)
+        if "lr" in changed:
+            lr, scheduler = self.hparams.lr, self.hparams.lr_annealing
+            logger.info(f"lr is {lr} from here on; it was {scheduler.hyperparam_value:.3g}")
+            scheduler.hyperparam_value = lr
+            sb.nnet.schedulers.update_learning_rate(self.optimizer, lr)
+        counter = self.hparams.epoch_counter
+        if counter.current >= counter.limit:
+            logger.info(
+                f"all {counter.limit} epochs are done, nothing is left to train: "
+                "a larger number_of_epochs goes on"
+            )
+        elif self.step and not ddp_broadcast(self._trained_on_the_same(counter.current + 1)):
+            logger.warning(
+                f"epoch {counter.current + 1} starts anew: its first {self.step} batches, which "
+                f"the run had trained on, are others now (changed: {self._listed(changed)})"
+            )
+            self.step, self.avg_train_loss, self.epoch_seconds = 0, 0.0, 0.0
+            # How SpeechBrain's loader notes where to go on.
+            self.train_loader._speechbrain_recovery_skip_to = None
+
+    def _listed(self, changed):
+        # Without what is made of other keys.
+        plain = (key for key in changed if not self.checkpointer.settings[key].startswith("{"))
+        return ", ".join(sorted(plain)) or "no key, but the data or the number of processes"
+
+    def _trained_on_the_same(self, epoch):
+        if hasattr(self.train_sampler, "set_epoch"):
+            self.train_sampler.set_epoch(epoch)
+        return self.batches_before == self._digest_of_batches()
+
+    def _digest_of_batches(self):
+        """Of the IDs of this epoch's utterances so far, batch by batch, in the first process."""
+        if self.step == 0:
+            return None
+        loader = self.train_loader
+        ids = getattr(loader.dataset, "data_ids", range(len(loader.dataset)))
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        digest = hashlib.sha256(f"{processes} processes".encode())
+        for batch in itertools.islice(loader.batch_sampler, self.step):
+            digest.update(str([str(ids[index]) for index in batch]).encode())
+        return digest.hexdigest()
+
+    def _load_initial_weights(self):
+        folder, pretrainer = self.hparams.pretrained_folder, self.hparams.initial_weights
+        theirs = os.path.join(folder, "tokenizer.ckpt")
+        if not filecmp.cmp(theirs, f"{self.tokenizer.prefix_model_file}.model", shallow=False):
+            raise ValueError(
+                f"pretrained_folder {folder} has another tokenizer: set tokenizer_file to {theirs}"
+            )
+        for name in pretrainer.loadables:
+            if not os.path.isfile(os.path.join(folder, f"{name}.ckpt")):
+                raise FileNotFoundError(f"pretrained_folder {folder} has no {name}.ckpt")
+        pretrainer.collect_files(default_source=folder)
+        try:
+            pretrainer.load_collected()
+        except LOAD_ERRORS as error:
+            raise ValueError(
+                f"pretrained_folder {folder} is of another model, or damaged: {reason_of(error)}"
+            ) from error
+
+    def check_loss_isfinite(self, loss):
+        """Bear a loss that is not finite `nonfinite_patience` times an epoch.
+
+        Raises
+        ------
+        ValueError
+            At the next one.
+        """
+        if torch.isfinite(loss):
+            return
+        self.nonfinite_count += 1
+        where = f"epoch {self.epoch}, batch {self.step}"
+        if self.nonfinite_count > self.nonfinite_patience:
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise ValueError(
+                f"training diverged: in {where} the loss is {loss.item()}, and so it was more than "
+                f"{self.nonfinite_patience} times (nonfinite_patience) in this epoch; "
+                f"a lower lr than {lr:g} or a lower max_grad_norm may help"
+            )
+        logger.warning(f"{where}: the loss is {loss.item()}; its update is left out")
 
     def optimizers_step(self):
         """Update the weights, or count an update that is impossible and leave it out."""
@@ -125,7 +263,10 @@ class RecipeBrain(sb.Brain):
     def _check_disk_space(self):
         folder = self.hparams.output_folder
         parameters = sum(p.numel() for p in self.modules.parameters())
-        needed = parameters * CHECKPOINT_BYTES_PER_PARAMETER * CHECKPOINTS_AT_ONCE
+        # Those that are kept as the best and as the last, one within an epoch, and the one that is
+        # being written.
+        checkpoints = 2 * self.hparams.avg_checkpoints + 2
+        needed = parameters * CHECKPOINT_BYTES_PER_PARAMETER * checkpoints
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise ValueError(
@@ -141,21 +282,20 @@ class RecipeBrain(sb.Brain):
             self.epoch = epoch
             self.epoch_start = time.monotonic() - self.epoch_seconds
         limit = self.hparams.epoch_counter.limit
-        self.title = "test" if epoch is None else f"epoch {epoch}/{limit} {stage.name.lower()}"
+        title = "test" if epoch is None else f"epoch {epoch}/{limit} {stage.name.lower()}"
         self.batches = self.batches_in[stage]
         if self.debug:
             self.batches = min(self.batches, self.debug_batches)
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(  # a disabled one keeps nothing of this
-            total=self.batches,
+        self.progress = Progress(
+            title,
+            self.batches,
+            "batch",
+            self.hparams.log_interval_minutes,
+            logger.info,
             initial=self.step,
-            desc=self.title,
-            unit="batch",
-            dynamic_ncols=True,
-            disable=self.noprogressbar or not terminal or not if_main_process(),
+            bar=not self.noprogressbar,
+            quiet=not if_main_process(),
         )
-        self.report_by_lines = not terminal and if_main_process()
-        self.last_line = time.monotonic()
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Report the progress of the epoch and of the run."""
@@ -168,13 +308,8 @@ class RecipeBrain(sb.Brain):
         return loss
 
     def _report(self, postfix):
-        self.bar.set_postfix_str(postfix, refresh=False)
-        self.bar.update()
-        interval = 60 * self.hparams.log_interval_minutes
-        if self.report_by_lines and time.monotonic() - self.last_line >= interval:
-            self.last_line = time.monotonic()
-            done = f"{self.title}: batch {self.step} of {self.batches}"
-            logger.info(f"{done}, {postfix}" if postfix else done)
+        if self.progress is not None:  # None: fit_batch alone is called
+            self.progress.update(postfix=postfix)
 
     def _time_left(self):
         """Time to the end of the run, as h:mm:ss."""
@@ -188,7 +323,7 @@ class RecipeBrain(sb.Brain):
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log the stage; after validation anneal the learning rate and save a checkpoint."""
-        self.bar.close()
+        self.progress.close()
         stats = {"loss": stage_loss}
         if stage == sb.Stage.TRAIN:
             before = sum(epoch["skipped updates"] for epoch in self.history)
@@ -215,7 +350,11 @@ class RecipeBrain(sb.Brain):
         )
         self._log_epoch(meta, stats)
         self.checkpointer.save_and_keep_only(
-            meta={self.best_by: stats[self.best_by], "epoch": epoch}, min_keys=[self.best_by]
+            meta={self.best_by: stats[self.best_by], "epoch": epoch},
+            num_to_keep=self.hparams.avg_checkpoints,
+            keep_recent=False,
+            importance_keys=[recency_of_finished],
+            min_keys=[self.best_by],
         )
 
     @main_process_only
@@ -234,7 +373,7 @@ class RecipeBrain(sb.Brain):
         draw_progress(self.history, os.path.join(self.hparams.output_folder, "progress.png"))
 
     def test(self, split, dataset):
-        """Evaluate the best checkpoint on one split.
+        """Evaluate the best checkpoint, or the mean of the last ones, on one split.
 
         Writes a line in train_log.txt and returns {"loss": ...} and what `collect_stats` has.
         """
@@ -243,11 +382,22 @@ class RecipeBrain(sb.Brain):
             min_key=self.best_by,
             test_loader_kwargs=dict(self.hparams.test_dataloader_opts),
         )
-        self.hparams.train_logger.log_stats(
-            stats_meta={"split": split, "epoch loaded": self.hparams.epoch_counter.current},
-            test_stats=self.test_stats,
-        )
+        meta = {"split": split, "epoch loaded": self.hparams.epoch_counter.current}
+        if len(self.epochs_tested) > 1:
+            meta["epochs averaged"] = " ".join(map(str, self.epochs_tested))
+        self.hparams.train_logger.log_stats(stats_meta=meta, test_stats=self.test_stats)
         return self.test_stats
+
+    def on_evaluate_start(self, max_key=None, min_key=None):
+        """Load what is tested; arguments are SpeechBrain's."""
+        count = self.hparams.avg_checkpoints
+        if self.checkpointer is None:
+            return
+        checkpoints = checkpoints_to_test(self.checkpointer, min_key, count)
+        self.checkpointer.load_checkpoint(checkpoints[0])
+        if count > 1:
+            self.hparams.model.load_state_dict(average_model(checkpoints))
+        self.epochs_tested = sorted(checkpoint.meta["epoch"] for checkpoint in checkpoints)
 
     # Checkpoints
 
@@ -259,6 +409,7 @@ class RecipeBrain(sb.Brain):
             "history": self.history,
             "skipped_updates": self.skipped_updates,
             "epoch_seconds": in_epoch,
+            "batches_before": self._digest_of_batches(),
         }
         with open(path, "a", encoding="utf-8") as file:
             yaml.safe_dump(state, file)
@@ -271,6 +422,7 @@ class RecipeBrain(sb.Brain):
         self.history = state["history"]
         self.skipped_updates = state["skipped_updates"]
         self.epoch_seconds = state["epoch_seconds"]
+        self.batches_before = state.get("batches_before")
 
 
 def make_brain(brain_class, hparams, run_opts, tokenizer):

@@ -1,7 +1,6 @@
 """Manifests, datasets and batches of a recipe, by the keys of its YAML."""
 
 import csv
-import os
 from pathlib import Path
 
 import soundfile
@@ -9,18 +8,28 @@ import speechbrain as sb
 import torch
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.logger import get_logger
 
 from ..corpora import shards
-from ..corpora.librispeech import SAMPLE_RATE, prepare_librispeech
-from .tokenizer import check_alignable, check_characters
+from ..corpora.librispeech import as_list, manifest_path, prepare_librispeech
+from ..files import replacing
+from .tokenizer import check_alignable, check_characters, encode
+
+logger = get_logger(__name__)
+
+# By how much a file's length may differ from that in its manifest, which may be rounded.
+LENGTH_TOLERANCE = 0.05
+# Of the encoder. One is too few for BatchNorm in training, if the utterance is a batch of its own.
+MIN_FRAMES = 2
 
 
 def prepare_data(hparams):
-    """Write the manifests that the YAML names, unless `skip_prep` says that they are there.
+    """Write the manifests of the splits, unless `skip_prep` says that they are there.
 
     Shards and the manifest of noises are written too, if the YAML has folders for them.
     """
     if not hparams["skip_prep"]:
+        find_manifests(hparams)  # refuses what cannot be, before any work
         arguments = (
             "data_folder",
             "save_folder",
@@ -30,38 +39,130 @@ def prepare_data(hparams):
             "skip_bad_files",
             "num_workers",
         )
-        run_on_main(prepare_librispeech, kwargs={name: hparams[name] for name in arguments})
+        # A language model's YAML has no rate, as it reads transcripts alone.
+        kwargs = {name: hparams[name] for name in arguments}
+        kwargs["sample_rate"] = hparams.get("sample_rate")
+        run_on_main(prepare_librispeech, kwargs=kwargs)
     if hparams.get("shard_folder"):
-        for manifest in (hparams["train_csv"], hparams["valid_csv"], *hparams["test_csv"]):
+        train, valid, test = find_manifests(hparams)
+        for manifest in (train, *valid, *test.values()):
             run_on_main(shards.pack, [manifest, hparams["shard_folder"]])
     if hparams.get("noise_folder"):
-        run_on_main(prepare_noise, [hparams["noise_folder"], hparams["noise_csv"]])
+        arguments = (hparams["noise_folder"], hparams["noise_csv"], hparams["sample_rate"])
+        run_on_main(prepare_noise, arguments)
 
 
-def prepare_noise(folder, manifest):
+def find_manifests(hparams):
+    """Paths of the manifests: those of the splits, or those that the YAML names.
+
+    Returns
+    -------
+    train : str
+    valid : list of str
+    test : dict
+        Name of the split, or of the manifest -> path.
+
+    Raises
+    ------
+    ValueError
+        If there is none for validation, or two for test have one name.
+    """
+
+    def find(key, splits):
+        given = hparams[key]
+        if given is None:
+            names = as_list(hparams[splits])
+            return names, [str(manifest_path(hparams["save_folder"], name)) for name in names]
+        return [Path(path).stem for path in as_list(given)], as_list(given)
+
+    _, valid = find("valid_csv", "dev_splits")
+    names, test = find("test_csv", "test_splits")
+    if not valid:
+        raise ValueError("dev_splits is empty: training needs a split to validate with")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"test_csv has two manifests of the name {name}: their results, too")
+    return hparams["train_csv"], valid, dict(zip(names, test, strict=True))
+
+
+def prepare_noise(folder, manifest, sample_rate):
     """Write the manifest of a folder of noises, in the form that AddNoise reads.
 
     Raises
     ------
     FileNotFoundError
-        If `folder` holds no WAV or FLAC file, at any depth.
+        If `folder` holds no WAV or FLAC file, at any depth. Hidden ones do not count.
     ValueError
-        If one of them is not at 16 kHz or not mono.
+        If one of them cannot be read, is not at `sample_rate` (Hz) or not mono.
     """
-    paths = sorted(path for ext in ("wav", "flac") for path in Path(folder).rglob(f"*.{ext}"))
+    paths = sorted(
+        path
+        for path in Path(folder).rglob("*")
+        if path.suffix.lower() in (".wav", ".flac") and not path.name.startswith(".")
+    )
     if not paths:
         raise FileNotFoundError(f"noise_folder {folder} holds no .wav or .flac file")
-    with open(manifest, "w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(manifest) as partial,
+        open(partial, "w", newline="", encoding="utf-8") as file,
+    ):
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(("ID", "duration", "wav", "wav_format", "wav_opts"))
         for number, path in enumerate(paths):
-            audio = soundfile.info(path)
-            if (audio.samplerate, audio.channels) != (SAMPLE_RATE, 1):
+            try:
+                audio = soundfile.info(path)
+            except soundfile.LibsndfileError as error:
+                raise ValueError(f"noise_folder: {path}: {error.error_string}") from error
+            if (audio.samplerate, audio.channels) != (sample_rate, 1):
                 raise ValueError(
                     f"noise_folder: {path} has {audio.samplerate} Hz and {audio.channels} "
-                    f"channel(s), expected {SAMPLE_RATE} Hz and 1"
+                    f"channel(s), expected {sample_rate} Hz (sample_rate) and 1"
                 )
             rows.writerow((number, audio.duration, path.resolve(), path.suffix[1:], ""))
+
+
+def load_manifest(path):
+    """ID -> row of a manifest, as SpeechBrain's `load_data_csv` has them.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or has no utterance. The message names it.
+    """
+    try:
+        rows = sb.dataio.dataio.load_data_csv(path)
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is no manifest, or damaged: {error}") from error
+    if not rows:
+        raise ValueError(f"{path} has no utterance")
+    for name, row in rows.items():
+        missing = [column for column in ("duration", "wav", "wrd") if row.get(column) is None]
+        if missing:
+            raise ValueError(f"{path} is no manifest, or damaged: {name} has no {missing[0]}")
+    return rows
+
+
+def leave_out_short(path, rows, seconds, skip_bad_files):
+    """The rows of a manifest without utterances that are shorter than MIN_FRAMES.
+
+    Raises
+    ------
+    ValueError
+        If there are such, and not `skip_bad_files`; or no others.
+    """
+    short = [name for name, row in rows.items() if row["duration"] < seconds]
+    if not short:
+        return rows
+    message = (
+        f"{path}: {len(short)} utterances (such as {short[0]}, {rows[short[0]]['duration']:g} s) "
+        f"are shorter than {MIN_FRAMES} encoder frames ({seconds:g} s)"
+    )
+    if not skip_bad_files:
+        raise ValueError(f"{message}; remove them or set skip_bad_files")
+    if len(short) == len(rows):
+        raise ValueError(message)
+    logger.warning(f"{message}: left out")
+    return {name: row for name, row in rows.items() if name not in set(short)}
 
 
 def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
@@ -77,59 +178,68 @@ def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
     Returns
     -------
     train_data, valid_data : DynamicItemDataset
+        Their items raise OSError where there is no audio as the manifest has it.
     test_data : dict
         Split name -> DynamicItemDataset.
 
     Raises
     ------
     ValueError
-        If a transcript has characters that the tokenizer does not know, or too many train
-        transcripts have more tokens than encoder frames.
+        If a manifest is damaged, an utterance too short, a train transcript has characters that
+        the tokenizer should know, or too many of them have more tokens than encoder frames.
     """
-
-    shard_folder = hparams["shard_folder"]
+    shard_folder, sample_rate = hparams["shard_folder"], hparams["sample_rate"]
     read_audio = shards.read_audio if shard_folder else sb.dataio.dataio.read_audio
+    frames_per_second = 1000 / hparams["hop_length"] / hparams["time_pooling_size"]
+    shortest = MIN_FRAMES / frames_per_second
 
-    @sb.utils.data_pipeline.takes("wav")
+    @sb.utils.data_pipeline.takes("wav", "duration")
     @sb.utils.data_pipeline.provides("sig")
-    def audio_pipeline(wav):
+    def audio_pipeline(wav, duration):
         try:
-            return read_audio(wav)
+            signal = read_audio(wav)
         except RuntimeError as error:
             raise OSError(str(error)) from error  # it names the file
+        expected = duration * sample_rate
+        if signal.dim() > 1 or abs(len(signal) - expected) > LENGTH_TOLERANCE * expected + 1:
+            raise OSError(
+                f"{wav} has samples {list(signal.shape)}, but its manifest has {duration:g} s, "
+                f"which at a sample_rate of {sample_rate} Hz are {round(expected)}, of one channel"
+            )
+        return signal
 
     @sb.utils.data_pipeline.takes("wrd")
     @sb.utils.data_pipeline.provides("tokens", "tokens_bos", "tokens_eos")
     def text_pipeline(wrd):  # run only as far as its outputs are asked for
-        tokens = tokenizer.sp.encode_as_ids(wrd)
+        tokens = encode(tokenizer, wrd)
         yield torch.LongTensor(tokens)
         yield torch.LongTensor([hparams["bos_index"], *tokens])
         yield torch.LongTensor([*tokens, hparams["eos_index"]])
 
-    def load(csv_path):
-        if shard_folder:
-            csv_path = os.path.join(shard_folder, os.path.basename(csv_path))
-        rows = sb.dataio.dataio.load_data_csv(csv_path)
-        if not rows:
-            raise ValueError(f"{csv_path} has no utterance")
-        transcripts = ((name, row["wrd"]) for name, row in rows.items())
-        check_characters(csv_path, transcripts, tokenizer)
+    def load(*paths, strict=False):
+        rows = {}
+        for path in paths:
+            if shard_folder:
+                path = str(shards.packed_manifest(path, shard_folder))
+            found = load_manifest(path)
+            found = leave_out_short(path, found, shortest, hparams["skip_bad_files"])
+            for name in found.keys() & rows.keys():
+                raise ValueError(f"{path} has the utterance {name}, as another manifest has")
+            transcripts = ((name, row["wrd"]) for name, row in found.items())
+            check_characters(path, transcripts, tokenizer, strict)
+            rows |= found
         return sb.dataio.dataset.DynamicItemDataset(
             rows,
             dynamic_items=[audio_pipeline, text_pipeline],
             output_keys=["id", "sig", "wrd", *targets],
         )
 
-    train_data = load(hparams["train_csv"])
-    check_alignable(
-        train_data, tokenizer, 1000 / hparams["hop_length"] / hparams["time_pooling_size"]
-    )
+    train, valid, test = find_manifests(hparams)
+    train_data = load(train, strict=hparams["character_coverage"] == 1)
+    check_alignable(train_data, tokenizer, frames_per_second)
     # Utterances of like duration side by side: little padding in fixed batches.
-    valid_data = load(hparams["valid_csv"]).filtered_sorted(sort_key="duration")
-    test_data = {
-        os.path.splitext(os.path.basename(path))[0]: load(path) for path in hparams["test_csv"]
-    }
-    return train_data, valid_data, test_data
+    valid_data = load(*valid).filtered_sorted(sort_key="duration")
+    return train_data, valid_data, {name: load(path) for name, path in test.items()}
 
 
 def batching(hparams, train_data):

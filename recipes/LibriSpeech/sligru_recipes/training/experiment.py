@@ -1,17 +1,39 @@
 """A recipe's command line, its YAML and its output folder."""
 
+import contextlib
 import copy
+import dataclasses
+import json
 import os
+import re
 import sys
+from datetime import date
 from pathlib import Path
 
 import ruamel.yaml
 import speechbrain as sb
+import torch
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.distributed import ddp_init_group, run_on_main
-from speechbrain.utils.logger import get_logger
+from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
+from speechbrain.utils.logger import get_environment_description, get_logger
+from speechbrain.utils.run_opts import RunOptions
+
+from .lock import lock_folder
+from .resume import FITTED_SIZE, check_resume, describe, find_references, resolve
 
 logger = get_logger(__name__)
+
+GZIP = b"\x1f\x8b"
+# Keys of paths, and what a shell would have replaced in them: YAML does not, nor does a shell
+# within quotes or after `--KEY=`.
+PATH_KEY = re.compile(r"_(folder|file|csv|log)$|^train_log$")
+UNEXPANDED = re.compile(r"\$\w+|\$\{\w+\}|^~")
+# Key -> what its folder must hold.
+FOLDERS = {
+    "lm_folder": (("lm.ckpt", "tokenizer.ckpt"), "run train_lm.py"),
+    "pretrained_folder": (("tokenizer.ckpt",), "take the folder of an export or of train_lm.py"),
+    "noise_folder": ((), ""),
+}
 
 
 def parse_arguments(argv=None):
@@ -38,9 +60,22 @@ def parse_arguments(argv=None):
         raise ValueError(f"keys on the command line: {error.problem}") from error
     overrides_file = overrides.pop("overrides", None)
     if overrides_file is not None:
-        with open(overrides_file, encoding="utf-8") as file:
-            overrides = {**yaml.load(file), **overrides}
+        overrides = {**_load_keys(overrides_file), **overrides}
     return hparams_file, run_opts, overrides, overrides_file
+
+
+def _load_keys(path):
+    """The keys of a YAML file, as ruamel.yaml's round trip has them."""
+    try:
+        keys = ruamel.yaml.YAML().load(Path(path).read_text(encoding="utf-8"))
+    except ruamel.yaml.error.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ValueError(f"{path}, line {line}: {error.problem}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file") from error
+    if not isinstance(keys, dict):
+        raise ValueError(f"{path} has no keys: it must be a YAML file of KEY: VALUE")
+    return keys
 
 
 def load_hparams(hparams_file, overrides):
@@ -48,20 +83,136 @@ def load_hparams(hparams_file, overrides):
 
     Raises
     ------
+    FileNotFoundError
+        If a file that it names is missing.
     ValueError
-        If an override names no key of the YAML.
+        If an override names no key of the YAML, is no number or truth value where the YAML has one,
+        or would keep another class than it names, or a path has something that a shell would have
+        replaced, or is of another kind of file.
     """
+    keys = _load_keys(hparams_file)
+    for key, value in overrides.items():
+        if key not in keys:
+            if key in RunOptions().as_dict():
+                raise ValueError(f"{key} is a run option: give it on the command line, as --{key}")
+            raise ValueError(f"{key} is neither a key of {hparams_file} nor a run option")
+        for kind, name in ((bool, "True or False"), (int | float, "a number")):
+            if isinstance(keys[key], kind):
+                if not isinstance(value, kind) and not _tag(value):
+                    raise ValueError(f"{key} must be {name}, got {value!r}")
+                break
+        if isinstance(value, dict) and isinstance(keys[key], dict):
+            own, other = _tag(keys[key]), _tag(value)
+            if other and other != own:
+                raise ValueError(
+                    f"{key}: an override that has arguments keeps the class of {hparams_file}, "
+                    f"{own}; give {other} without arguments, or change that file"
+                )
+    check_paths(ruamel.yaml.YAML().load(resolve(hparams_file, copy.deepcopy(overrides))))
     with open(hparams_file, encoding="utf-8") as file:
-        keys = ruamel.yaml.YAML().load(file)
-        for key in overrides:
-            if key not in keys:
-                raise ValueError(f"{key} is neither a key of {hparams_file} nor a run option")
-        file.seek(0)
         return load_hyperpyyaml(file, copy.deepcopy(overrides))
 
 
+def _tag(node):
+    return getattr(getattr(node, "tag", None), "value", None)
+
+
+def check_paths(values):
+    """Check the paths of a resolved YAML, before anything is made of them.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        See `load_hparams`.
+    """
+    for key, value in values.items():
+        if not PATH_KEY.search(key):
+            continue
+        for path in value if isinstance(value, list) else [value]:
+            found = UNEXPANDED.search(path) if isinstance(path, str) else None
+            if found:
+                start, _, _ = path[found.end() :].partition("/")
+                if not os.path.exists(path[: found.end()] + start):  # it may be called so
+                    raise ValueError(f"{key} {path}: {found[0]} is not expanded here; write it out")
+    for key in ("tokenizer_file", "text_file"):
+        path = values.get(key)
+        if path and not os.path.isfile(path):
+            raise FileNotFoundError(f"{key} {path} does not exist or is no file")
+    text_file = values.get("text_file")
+    if text_file:
+        with open(text_file, "rb") as file:
+            if file.read(len(GZIP)) == GZIP:
+                raise ValueError(f"text_file {text_file} is compressed: unpack it by gunzip")
+    for key, (names, hint) in FOLDERS.items():
+        folder = values.get(key)
+        if folder and not os.path.isdir(folder):
+            raise FileNotFoundError(f"{key} {folder} does not exist or is no folder")
+        for name in names if folder else ():
+            if not os.path.isfile(os.path.join(folder, name)):
+                raise FileNotFoundError(f"{key} {folder} has no {name}: {hint}")
+
+
+@dataclasses.dataclass
+class Experiment:
+    """What a command line asks for.
+
+    Attributes
+    ----------
+    hparams : dict
+        What the YAML describes.
+    run_opts : speechbrain.utils.run_opts.RunOptions
+    hparams_file : str
+    overrides : dict
+    sources : tuple
+        Arguments of `save_sources` after the folder.
+    """
+
+    hparams: dict
+    run_opts: RunOptions
+    hparams_file: str
+    overrides: dict
+    sources: tuple
+
+    def fit_to_tokenizer(self, tokenizer):
+        """Load the YAML anew, if its `vocab_size` is not the tokenizer's.
+
+        The model then has the tokenizer's size, and hyperparams.yaml says so.
+        """
+        size = tokenizer.sp.vocab_size()
+        settings = self.hparams["checkpointer"].settings | {FITTED_SIZE: json.dumps(size)}
+        if size != self.hparams["vocab_size"]:
+            self.overrides = {**self.overrides, "vocab_size": size}
+            self.hparams = load_hparams(self.hparams_file, self.overrides)
+        self.hparams["checkpointer"].settings = settings
+
+    def save(self):
+        """Write what is run to the output folder; for all processes to call.
+
+        That is hyperparams.yaml, env.log, and the Python files. Called when nothing can refuse the
+        run any more, so that they are always those of the run whose checkpoints lie beside them.
+        """
+        run_on_main(self._save)
+
+    def _save(self):
+        folder = Path(self.hparams["output_folder"])
+        header = (
+            f"# Generated {date.today()} from:\n# {os.path.abspath(self.hparams_file)}\n"
+            "# yamllint disable\n"
+        )
+        text = header + resolve(self.hparams_file, copy.deepcopy(self.overrides))
+        for name, content in (
+            ("hyperparams.yaml", text),
+            ("env.log", get_environment_description()),
+        ):
+            partial = folder / f"{name}.partial"
+            partial.write_text(content, encoding="utf-8")
+            os.replace(partial, folder / name)
+        save_sources(folder, *self.sources)
+
+
+@contextlib.contextmanager
 def start_experiment(argv, script):
-    """Load the YAML of a command line; make its output folder, with logs and what is run in it.
+    """Load the YAML of a command line; hold its output folder until the context ends.
 
     Arguments
     ---------
@@ -70,25 +221,74 @@ def start_experiment(argv, script):
     script : str
         The file of the command.
 
-    Returns
-    -------
-    hparams : dict
-    run_opts : speechbrain.utils.run_opts.RunOptions
-    hparams_file : str
-    overrides : dict
+    Yields
+    ------
+    Experiment
+
+    Raises
+    ------
+    ValueError
+        If another run has the folder, or the run that is there cannot go on like this.
     """
     hparams_file, run_opts, overrides, overrides_file = parse_arguments(argv)
     ddp_init_group(run_opts)
+    overrides.update(run_options_of_the_yaml(hparams_file, run_opts))
     hparams = load_hparams(hparams_file, overrides)
-    _make_folder(hparams["output_folder"], hparams_file, overrides)
-    run_on_main(save_sources, [hparams["output_folder"], script, overrides_file])
-    return hparams, run_opts, hparams_file, overrides
+    experiment = Experiment(hparams, run_opts, hparams_file, overrides, (script, overrides_file))
+    hparams["checkpointer"].settings = describe(hparams_file, overrides)
+    folder = hparams["output_folder"]
+    with contextlib.ExitStack() as stack:
+        if if_main_process():
+            stack.enter_context(lock_folder(folder))
+            _check_checkpoint(experiment)
+        sb.create_experiment_directory(folder, save_env_desc=False)
+        # It saves the file that calls it: this one, which `save_sources` puts in its place.
+        run_on_main(os.remove, [os.path.join(folder, os.path.basename(__file__))])
+        yield experiment
 
 
-def _make_folder(folder, hparams_file, overrides):
-    sb.create_experiment_directory(folder, hparams_file, overrides)
-    # It saves the file that calls it: this one, which `save_sources` puts in its place.
-    run_on_main(os.remove, [os.path.join(folder, os.path.basename(__file__))])
+def run_options_of_the_yaml(hparams_file, run_opts):
+    """Run options of the command line that are keys too: hyperparams.yaml should have them.
+
+    Raises
+    ------
+    ValueError
+        If checkpoints within an epoch are asked for by steps and by minutes.
+    """
+    keys, given = _load_keys(hparams_file), run_opts.overridden_args
+    found = {key: run_opts[key] for key in given if key in keys}
+    if "ckpt_interval_steps" in given and run_opts["ckpt_interval_steps"] > 0:
+        if found.get("ckpt_interval_minutes", 0) > 0:
+            raise ValueError(
+                "ckpt_interval_steps and ckpt_interval_minutes exclude each other: give one"
+            )
+        found["ckpt_interval_minutes"] = 0  # not that of the YAML
+    return found
+
+
+def _check_checkpoint(experiment):
+    hparams, overrides = experiment.hparams, experiment.overrides
+    checkpoint = hparams["checkpointer"].find_checkpoint()
+    if checkpoint is None:
+        if experiment.run_opts.test_only:
+            raise FileNotFoundError(f"--test_only: {hparams['save_folder']} has no checkpoint")
+        return
+
+    def load_model(vocab_size):
+        if vocab_size == hparams["vocab_size"]:
+            return hparams["model"]
+        return load_hparams(experiment.hparams_file, {**overrides, "vocab_size": vocab_size})[
+            "model"
+        ]
+
+    check_resume(
+        checkpoint,
+        hparams["checkpointer"].settings,
+        find_references(experiment.hparams_file, overrides),
+        hparams,
+        load_model,
+        hparams["output_folder"],
+    )
 
 
 def save_sources(folder, script, overrides_file=None):
@@ -116,28 +316,24 @@ def save_sources(folder, script, overrides_file=None):
         path.write_bytes(Path(source).read_bytes())
 
 
-def fit_to_tokenizer(hparams, hparams_file, overrides, tokenizer):
-    """The YAML loaded anew, if its `vocab_size` is not the tokenizer's.
-
-    The model then has the tokenizer's size, and hyperparams.yaml says so.
-    """
-    size = tokenizer.sp.vocab_size()
-    if size == hparams["vocab_size"]:
-        return hparams
-    overrides = {**overrides, "vocab_size": size}
-    hparams = load_hparams(hparams_file, overrides)
-    _make_folder(hparams["output_folder"], hparams_file, overrides)
-    return hparams
-
-
 def run_script(main):
     """Run a script's `main`; what is wrong with its arguments or files ends it in one line.
 
-    Its traceback is in log.txt.
+    Its traceback is in log.txt. A process of torchrun leaves the group at a good end; at a bad one
+    it does not wait for the others, which may wait for it.
     """
     try:
         main(sys.argv[1:])
     except (OSError, ValueError) as error:
         logger.debug("Stopped by:", exc_info=True)
-        # One from a loader's process has that process's traceback before it.
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {one_line(error)}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def one_line(error):
+    """The message of an error; one from a loader's process has that process's traceback first."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:
+        return text.splitlines()[-1]
+    return " ".join(text.split()) or type(error).__name__

@@ -1,6 +1,5 @@
 """The RNN language model of train_lm.py: its text, its training, its files."""
 
-import csv
 import math
 import os
 import shutil
@@ -10,10 +9,11 @@ import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.distributed import run_on_main
 
+from ..files import replacing, write_text
 from .brain import RecipeBrain, make_brain
-from .data import prepare_data
-from .experiment import fit_to_tokenizer, start_experiment
-from .tokenizer import check_characters, load_tokenizer
+from .data import find_manifests, load_manifest, prepare_data
+from .experiment import start_experiment
+from .tokenizer import check_characters, encode, load_tokenizer
 
 
 class LanguageModel(RecipeBrain):
@@ -48,14 +48,17 @@ class Sentences(torch.utils.data.Dataset):
     path : str
     tokenizer : SentencePiece
     bos_index, eos_index : int
+    strict : bool
+        Whether the tokenizer should know all characters; otherwise a warning names those that it
+        does not.
 
     Raises
     ------
     ValueError
-        If there is no line, or one has characters that the tokenizer does not know.
+        If there is no line, or one is not UTF-8 or has characters that the tokenizer should know.
     """
 
-    def __init__(self, path, tokenizer, bos_index, eos_index):
+    def __init__(self, path, tokenizer, bos_index, eos_index, strict=True):
         self.path, self.tokenizer = path, tokenizer
         self.bos_index, self.eos_index = bos_index, eos_index
         positions = []
@@ -66,35 +69,35 @@ class Sentences(torch.utils.data.Dataset):
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         positions.append(position)
-                        yield f"line {number}", line.decode().strip()
+                        try:
+                            yield f"line {number}", line.decode().strip()
+                        except UnicodeDecodeError as error:
+                            raise ValueError(f"{path}: line {number} is not UTF-8") from error
                     position += len(line)
 
-        check_characters(path, lines(), tokenizer)
+        check_characters(path, lines(), tokenizer, strict)
         if not positions:
             raise ValueError(f"{path} has no sentence")
-        self.positions = np.array(positions, dtype=np.int64)
+        # Named as the IDs of SpeechBrain's own datasets.
+        self.data_ids = np.array(positions, dtype=np.int64)
 
     def __len__(self):
-        return len(self.positions)
+        return len(self.data_ids)
 
     def __getitem__(self, index):
         with open(self.path, "rb") as file:
-            file.seek(self.positions[index])
-            tokens = self.tokenizer.sp.encode_as_ids(file.readline().decode().strip())
+            file.seek(self.data_ids[index])
+            tokens = encode(self.tokenizer, file.readline().decode().strip())
         return {
             "tokens_bos": torch.LongTensor([self.bos_index, *tokens]),
             "tokens_eos": torch.LongTensor([*tokens, self.eos_index]),
         }
 
 
-def write_text(manifest):
-    """Write the transcripts of SPLIT.csv to SPLIT.txt beside it; returns its path."""
-    path = os.path.splitext(manifest)[0] + ".txt"
-    with (
-        open(manifest, newline="", encoding="utf-8") as source,
-        open(path, "w", encoding="utf-8") as file,
-    ):
-        file.writelines(f"{row['wrd']}\n" for row in csv.DictReader(source))
+def write_transcripts(manifests, path):
+    """Write the transcripts of manifests to a text file, a line each; returns its path."""
+    rows = [row for manifest in manifests for row in load_manifest(manifest).values()]
+    write_text(path, "".join(f"{row['wrd']}\n" for row in rows))
     return path
 
 
@@ -113,36 +116,45 @@ def run(argv, script):
     dict
         Test split -> {"loss": ..., "perplexity": ...}.
     """
-    hparams, run_opts, *yaml = start_experiment(argv, script)
-    prepare_data(hparams)
-    train_text = hparams["text_file"] or run_on_main(write_text, [hparams["train_csv"]])
-    tokenizer = load_tokenizer(hparams, train_text)
-    hparams = fit_to_tokenizer(hparams, *yaml, tokenizer)
+    with start_experiment(argv, script) as experiment:
+        hparams = experiment.hparams
+        prepare_data(hparams)
+        train, valid, test = find_manifests(hparams)
 
-    def load(text):
-        return Sentences(text, tokenizer, hparams["bos_index"], hparams["eos_index"])
+        def transcripts(name, *manifests):
+            path = os.path.join(hparams["save_folder"], f"{name}.txt")
+            return run_on_main(write_transcripts, [manifests, path])
 
-    train_data = load(train_text)
-    valid_data = load(run_on_main(write_text, [hparams["valid_csv"]]))
-    test_data = {
-        os.path.splitext(os.path.basename(path))[0]: load(run_on_main(write_text, [path]))
-        for path in hparams["test_csv"]
-    }
-    brain = make_brain(LanguageModel, hparams, run_opts, tokenizer)
-    brain.fit(
-        hparams["epoch_counter"],
-        train_data,
-        valid_data,
-        train_loader_kwargs=hparams["train_dataloader_opts"],
-        valid_loader_kwargs=hparams["valid_dataloader_opts"],
-    )
-    brain.on_evaluate_start(min_key="loss")  # loads the best checkpoint
-    run_on_main(save_for_search, [hparams, tokenizer])
-    return {split: brain.test(split, dataset) for split, dataset in test_data.items()}
+        train_text = hparams["text_file"] or transcripts("train", train)
+        tokenizer = load_tokenizer(hparams, train_text)
+        experiment.fit_to_tokenizer(tokenizer)
+        hparams = experiment.hparams
+
+        def load(text, strict=False):
+            indices = (hparams["bos_index"], hparams["eos_index"])
+            return Sentences(text, tokenizer, *indices, strict)
+
+        train_data = load(train_text, strict=hparams["character_coverage"] == 1)
+        valid_data = load(transcripts("valid", *valid))
+        test_data = {name: load(transcripts(f"test-{name}", path)) for name, path in test.items()}
+        brain = make_brain(LanguageModel, hparams, experiment.run_opts, tokenizer)
+        brain.fit(
+            hparams["epoch_counter"],
+            train_data,
+            valid_data,
+            train_loader_kwargs=hparams["train_dataloader_opts"],
+            valid_loader_kwargs=hparams["valid_dataloader_opts"],
+            when_ready=experiment.save,
+        )
+        brain.on_evaluate_start(min_key="loss")  # loads the best checkpoint
+        run_on_main(save_for_search, [hparams, tokenizer])
+        return {split: brain.test(split, dataset) for split, dataset in test_data.items()}
 
 
 def save_for_search(hparams, tokenizer):
     """Write lm.ckpt and tokenizer.ckpt, which train_seq2seq.py reads, to the output folder."""
     folder = hparams["output_folder"]
-    torch.save(hparams["model"].state_dict(), os.path.join(folder, "lm.ckpt"))
-    shutil.copyfile(f"{tokenizer.prefix_model_file}.model", os.path.join(folder, "tokenizer.ckpt"))
+    with replacing(os.path.join(folder, "lm.ckpt")) as partial:
+        torch.save(hparams["model"].state_dict(), partial)
+    with replacing(os.path.join(folder, "tokenizer.ckpt")) as partial:
+        shutil.copyfile(f"{tokenizer.prefix_model_file}.model", partial)

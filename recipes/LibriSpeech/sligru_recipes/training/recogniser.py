@@ -3,14 +3,18 @@
 import os
 
 import speechbrain as sb
+from speechbrain.dataio.dataset import FilteredSortedDynamicItemDataset
 from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.logger import get_logger
 
 from ..inference.export import export
 from ..inference.frames import count_frames
 from .brain import RecipeBrain, make_brain
 from .data import batching, dataio_prepare, prepare_data
-from .experiment import fit_to_tokenizer, start_experiment
+from .experiment import start_experiment
 from .tokenizer import load_tokenizer
+
+logger = get_logger(__name__)
 
 
 class ASR(RecipeBrain):
@@ -26,6 +30,7 @@ class ASR(RecipeBrain):
         super().__init__(tokenizer, **kwargs)
         # It resamples on the CPU unless it is told otherwise.
         self.hparams.speed_perturb.device = self.device
+        self.unread = {}  # utterance ID -> words, of the test split's files that cannot be read
 
     def encode(self, batch, stage):
         """Map a batch's waveforms, augmented in training, to encoder states.
@@ -68,6 +73,10 @@ class ASR(RecipeBrain):
         if stage != sb.Stage.TRAIN:
             self.wer_metric = self.hparams.error_rate_computer()
             self.cer_metric = self.hparams.cer_computer()
+        if stage == sb.Stage.TEST and self.unread:
+            references = [words.split(" ") for words in self.unread.values()]
+            for metric in (self.wer_metric, self.cer_metric):
+                metric.append(list(self.unread), [[] for _ in references], references)
 
     def collect_stats(self, loss):
         """WER and CER in %."""
@@ -77,8 +86,20 @@ class ASR(RecipeBrain):
         }
 
     def test(self, split, dataset):
-        """Evaluate one split as `RecipeBrain.test` does, and write wer_SPLIT.txt, cer_SPLIT.txt."""
-        stats = super().test(split, dataset)
+        """Evaluate one split as `RecipeBrain.test` does, and write wer_SPLIT.txt, cer_SPLIT.txt.
+
+        A file that cannot be read is named, and all its words count as errors.
+        """
+        self.unread = {}
+        with dataset.output_keys_as(["sig"]):
+            for index, utterance in enumerate(dataset.data_ids):
+                try:
+                    dataset[index]
+                except OSError as error:
+                    logger.warning(f"{split}: {error}: its words count as errors")
+                    self.unread[utterance] = dataset.data[utterance]["wrd"]
+        readable = [name for name in dataset.data_ids if name not in self.unread]
+        stats = super().test(split, FilteredSortedDynamicItemDataset(dataset, readable))
         run_on_main(self._write_errors, [split])
         return stats
 
@@ -106,23 +127,25 @@ def run(brain_class, argv, script):
     dict
         Test split -> {"loss": ..., "WER": ..., "CER": ...}, both rates in %.
     """
-    hparams, run_opts, *yaml = start_experiment(argv, script)
-    prepare_data(hparams)
-    tokenizer = load_tokenizer(hparams)
-    hparams = fit_to_tokenizer(hparams, *yaml, tokenizer)
-    train_data, valid_data, test_data = dataio_prepare(hparams, tokenizer, brain_class.targets)
-    brain = make_brain(brain_class, hparams, run_opts, tokenizer)
-    train_data, train_loader_kwargs = batching(hparams, train_data)
-    # Brain tells this sampler the epoch: else every epoch would have the same batches.
-    brain.train_sampler = train_loader_kwargs.get("batch_sampler")
-    brain.fit(
-        hparams["epoch_counter"],
-        train_data,
-        valid_data,
-        train_loader_kwargs=train_loader_kwargs,
-        valid_loader_kwargs=hparams["valid_dataloader_opts"],
-    )
-    results = {split: brain.test(split, dataset) for split, dataset in test_data.items()}
-    if hparams["export_inference"] and not brain.debug:  # which keeps no checkpoint
-        run_on_main(export, [hparams["output_folder"]])
-    return results
+    with start_experiment(argv, script) as experiment:
+        prepare_data(experiment.hparams)
+        tokenizer = load_tokenizer(experiment.hparams)
+        experiment.fit_to_tokenizer(tokenizer)
+        hparams = experiment.hparams
+        train_data, valid_data, test_data = dataio_prepare(hparams, tokenizer, brain_class.targets)
+        brain = make_brain(brain_class, hparams, experiment.run_opts, tokenizer)
+        train_data, train_loader_kwargs = batching(hparams, train_data)
+        # Brain tells this sampler the epoch: else every epoch would have the same batches.
+        brain.train_sampler = train_loader_kwargs.get("batch_sampler")
+        brain.fit(
+            hparams["epoch_counter"],
+            train_data,
+            valid_data,
+            train_loader_kwargs=train_loader_kwargs,
+            valid_loader_kwargs=hparams["valid_dataloader_opts"],
+            when_ready=experiment.save,
+        )
+        results = {split: brain.test(split, dataset) for split, dataset in test_data.items()}
+        if hparams["export_inference"] and not brain.debug:  # which keeps no checkpoint
+            run_on_main(export, [hparams["output_folder"]])
+        return results

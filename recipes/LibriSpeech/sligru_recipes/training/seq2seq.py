@@ -7,6 +7,7 @@ import speechbrain as sb
 from speechbrain.decoders.scorer import ScorerBuilder
 from speechbrain.utils.checkpoints import torch_recovery
 
+from .checkpoints import LOAD_ERRORS, reason_of
 from .recogniser import ASR
 
 
@@ -91,14 +92,10 @@ def load_language_model(hparams, tokenizer):
 
     Raises
     ------
-    FileNotFoundError
-        If the folder has no lm.ckpt.
     ValueError
-        If it belongs to another tokenizer or has other sizes than `lm_model`.
+        If it belongs to another tokenizer, is damaged or has other sizes than `lm_model`.
     """
     path = os.path.join(hparams.lm_folder, "lm.ckpt")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"lm_folder {hparams.lm_folder} has no lm.ckpt: run train_lm.py")
     their_tokenizer = os.path.join(hparams.lm_folder, "tokenizer.ckpt")
     if not filecmp.cmp(their_tokenizer, f"{tokenizer.prefix_model_file}.model", shallow=False):
         raise ValueError(
@@ -109,9 +106,9 @@ def load_language_model(hparams, tokenizer):
     try:
         # Not by a Pretrainer: it would leave layers that the file lacks at random values.
         torch_recovery(language_model, path, end_of_epoch=True)
-    except RuntimeError as error:  # of load_state_dict
+    except LOAD_ERRORS as error:
         raise ValueError(
-            f"lm_folder {hparams.lm_folder}: its lm.ckpt does not fit lm_model, whose sizes are "
-            f"the YAML's keys lm_*: {str(error).splitlines()[-1].strip()}"
+            f"lm_folder {hparams.lm_folder}: its lm.ckpt is damaged, or does not fit lm_model, "
+            f"whose sizes are the YAML's keys lm_*: {reason_of(error)}"
         ) from error
     return language_model.requires_grad_(False)

@@ -11,10 +11,13 @@ from speechbrain.tokenizers.SentencePiece import SentencePiece
 from speechbrain.utils.distributed import main_process_only
 from speechbrain.utils.logger import get_logger
 
+from ..files import replacing
+
 logger = get_logger(__name__)
 
 # A few transcripts with too many tokens for their audio are wrong data, more are a wrong setting.
 MAX_UNALIGNABLE = 0.01
+QUIET = 2  # SentencePiece's log level: errors alone
 
 
 def load_tokenizer(hparams, text_file=None):
@@ -36,8 +39,8 @@ def load_tokenizer(hparams, text_file=None):
     Raises
     ------
     ValueError
-        If `vocab_size` is smaller than the number of characters, or the given tokenizer's bos and
-        eos are not those of the YAML.
+        If `vocab_size` is smaller than the number of characters, `character_coverage` is no share,
+        a tokenizer is damaged, or the given tokenizer's bos and eos are not those of the YAML.
     """
     folder, token_type = hparams["save_folder"], hparams["token_type"]
 
@@ -45,12 +48,14 @@ def load_tokenizer(hparams, text_file=None):
         return os.path.join(folder, f"{size}_{token_type}.model")
 
     def adopt(path):
-        size = sentencepiece.SentencePieceProcessor(model_file=path).vocab_size()
-        shutil.copyfile(path, name(size))
+        size = _vocab_size(path, f"tokenizer_file {path}")
+        with replacing(name(size)) as partial:
+            shutil.copyfile(path, partial)
         return size
 
     def train(size):
         if os.path.isfile(name(size)):
+            _vocab_size(name(size), f"the run's tokenizer {name(size)}")
             return size
         # SentencePiece takes no spaces in its paths, which save_folder may have.
         with tempfile.TemporaryDirectory() as scratch:
@@ -63,7 +68,7 @@ def load_tokenizer(hparams, text_file=None):
                     model_dir=scratch,
                     vocab_size=size,
                     model_type=token_type,
-                    character_coverage=hparams["character_coverage"],
+                    character_coverage=coverage,
                     bos_id=hparams.get("bos_index", -1),
                     eos_id=hparams.get("eos_index", -1),
                     **source,
@@ -77,9 +82,14 @@ def load_tokenizer(hparams, text_file=None):
                     f"using the most they can, {limit[1]}"
                 )
                 return train(int(limit[1]))
-            shutil.move(os.path.join(scratch, os.path.basename(name(size))), name(size))
+            with replacing(name(size)) as partial:
+                shutil.copyfile(os.path.join(scratch, os.path.basename(name(size))), partial)
         return size
 
+    coverage = hparams["character_coverage"]
+    if not 0 < coverage <= 1:
+        raise ValueError(f"character_coverage must be above 0 and at most 1, got {coverage}")
+    sentencepiece.set_min_log_level(QUIET)
     given = hparams["tokenizer_file"]
     size = main_process_only(adopt if given else train)(given or hparams["vocab_size"])
     tokenizer = SentencePiece(model_dir=folder, vocab_size=size, model_type=token_type)
@@ -93,8 +103,24 @@ def load_tokenizer(hparams, text_file=None):
     return tokenizer
 
 
-def check_characters(source, sentences, tokenizer):
-    """Check that the tokenizer knows all characters of some sentences.
+def _vocab_size(path, title):
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=path).vocab_size()
+    except (OSError, RuntimeError) as error:  # such as "unk is not defined" of an empty file
+        raise ValueError(f"{title} is damaged, or no SentencePiece model") from error
+
+
+def encode(tokenizer, text):
+    """The tokens of a text, without the unknown one: nothing can be learnt of it.
+
+    For CTC it would even be the blank.
+    """
+    unknown = tokenizer.sp.unk_id()
+    return [token for token in tokenizer.sp.encode_as_ids(text) if token != unknown]
+
+
+def check_characters(source, sentences, tokenizer, strict):
+    """Tell of characters that the tokenizer does not know.
 
     Arguments
     ---------
@@ -103,21 +129,34 @@ def check_characters(source, sentences, tokenizer):
     sentences : iterable of (str, str)
         Name of the sentence (in the message) and its text.
     tokenizer : SentencePiece
+    strict : bool
+        Whether it should know all. Otherwise a warning says that they count as errors.
 
     Raises
     ------
     ValueError
-        If it does not.
+        If it should, but does not.
     """
-    known, unknown = set(), tokenizer.sp.unk_id()
+    known, unknown, first, count = set(), set(), None, 0
     for name, text in sentences:
-        for character in sorted(set(text) - known):
-            if unknown in tokenizer.sp.encode_as_ids(character):
-                raise ValueError(
-                    f"{source}: {name} has the character {character!r}, "
-                    "which the tokenizer does not know"
-                )
-            known.add(character)
+        for character in set(text) - known - unknown:
+            tokens = tokenizer.sp.encode_as_ids(character)
+            (unknown if tokenizer.sp.unk_id() in tokens else known).add(character)
+        found = unknown.intersection(text)
+        if found and strict:
+            raise ValueError(
+                f"{source}: {name} has the character {min(found)!r}, "
+                "which the tokenizer does not know"
+            )
+        if found:
+            first = first or name
+            count += 1
+    if count:
+        logger.warning(
+            f"{source}: {count} transcripts (such as {first}) have "
+            f"{', '.join(map(repr, sorted(unknown)))}, which the tokenizer does not know: each is "
+            "left out of what is learnt, and counts as an error in a WER"
+        )
 
 
 def check_alignable(dataset, tokenizer, frames_per_second):
@@ -139,7 +178,7 @@ def check_alignable(dataset, tokenizer, frames_per_second):
     """
     impossible = []
     for utterance, row in dataset.data.items():
-        tokens = tokenizer.sp.encode_as_ids(row["wrd"])
+        tokens = encode(tokenizer, row["wrd"])
         # Equal neighbours need a blank between them.
         needed = len(tokens) + sum(a == b for a, b in pairwise(tokens))
         if needed > row["duration"] * frames_per_second:

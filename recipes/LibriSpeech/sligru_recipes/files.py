@@ -1,0 +1,28 @@
+"""Files that are there as a whole or not at all."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a path beside `path` to write to; it takes the place of `path` when the context ends.
+
+    What a kill or a full disk interrupts leaves `path` as it was. An error removes what was
+    written.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text):
+    """Write UTF-8 text with the line ends that it has, as a whole."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
