@@ -5,6 +5,11 @@ import os
 from pathlib import Path
 
 
+def partial_path(path):
+    """Where `path` is written; a kill may leave it behind."""
+    return Path(path).with_name(f"{Path(path).name}.partial")
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yield a path beside `path` to write to; it takes the place of `path` when the context ends.
@@ -12,8 +17,7 @@ def replacing(path):
     What a kill or a full disk interrupts leaves `path` as it was. An error removes what was
     written.
     """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = partial_path(path)
     try:
         yield partial
         os.replace(partial, path)

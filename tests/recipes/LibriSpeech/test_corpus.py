@@ -272,6 +272,13 @@ def test_full_disk_leaves_no_settings(tmp_path):
     assert list((tmp_path / "corpus").iterdir()) == []
 
 
+def test_kill_before_the_settings_are_there_is_made_up_for(tmp_path):
+    (tmp_path / "settings.json.partial").write_text("{")
+    make_corpus(tmp_path, {"dev-clean": (1, 1)}, seed=3, workers=1)
+    assert not (tmp_path / "settings.json.partial").exists()
+    assert len(utterances(tmp_path)) == 1
+
+
 def test_known_speakers_say_new_sentences(corpus, tmp_path):
     speak_known_speakers(tmp_path, corpus, "test-other", 3)
 
@@ -697,6 +704,17 @@ def test_bad_wav_files_are_named(small, tmp_path, samples, keep, reason):
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     with pytest.raises(ValueError, match=f"{path}: .*{reason}"):
         prepare_librispeech(small, tmp_path, "train-clean-100", num_workers=0)
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
+def test_wav_files_from_a_pipe_are_whole(tmp_path, size):
+    """Their headers say what sox and ffmpeg write where they cannot go back."""
+    soundfile.write(tmp_path / "a.wav", np.full(800, 0.1), 16000)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    place = content.index(b"data") + 4
+    content[place : place + 4] = size.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(content)
+    assert librispeech.check_audio(tmp_path / "a.wav") == (0.05, 16000, None)
 
 
 def test_sample_rate_is_that_of_the_corpus(small, tmp_path):

@@ -171,6 +171,14 @@ def test_corpus_of_another_rate(tmp_path):
     assert heard == tested == pytest.approx(0.8 * 25, abs=1)
 
 
+def test_window_of_a_high_rate_needs_a_larger_transform(tmp_path):
+    corpus = make_noise(tmp_path / "noise", [0.8, 0.9], rate=44100)
+    message = complaint(arguments(corpus, tmp_path, "--sample_rate=44100"))
+    assert "n_fft is 400 samples, but a window has 1102 at a sample_rate of 44100 Hz" in message
+    results = run(corpus, tmp_path, "--sample_rate=44100", "--n_fft=2048")
+    assert np.isfinite(results[TEST]["loss"])
+
+
 def test_command_line_transcribes_a_corpus_of_another_rate(tmp_path, capsys):
     corpus = make_noise(tmp_path / "noise", [0.8, 0.9], rate=8000)
     run(corpus, tmp_path, "--sample_rate=8000", "--export_inference=True")

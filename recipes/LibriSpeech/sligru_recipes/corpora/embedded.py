@@ -21,7 +21,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from ..files import write_text
+from ..files import partial_path, write_text
 from ..processes import end_with_parent
 from .sentences import LargeGrammar, SmallGrammar
 
@@ -325,7 +325,7 @@ def _claim_folder(folder, settings):
                 f"{folder} holds a corpus of other settings: {differences}; "
                 "delete it or choose another folder"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and set(folder.iterdir()) - {partial_path(path)}:
         raise ValueError(
             f"{folder} is not empty and was not written by this script (it has no settings.json); "
             "choose another folder"

@@ -16,8 +16,10 @@ import csv
 import io
 import json
 import logging
+import multiprocessing
 import os
 import re
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -38,8 +40,10 @@ EXTENSIONS = (".flac", ".wav")  # the first is preferred
 # SPLIT.csv of a split of such a name would be another file of `save_folder`.
 TAKEN_NAMES = ("train", "noise")
 BLOCK = 2**20  # samples that are decoded at a time
-# How libsndfile notes that a WAV file ends before its header says.
+# How libsndfile notes that a WAV file ends before its header says, ...
 CUT_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+# ... and from where on what it says means that the writer, to a pipe, did not know.
+UNKNOWN_SIZE = 0x7FFFF000  # bytes
 
 logger = logging.getLogger(__name__)
 
@@ -335,9 +339,10 @@ def _check_files(split, files, num_workers):
     progress = {"desc": f"checking {split}", "unit": "file", "disable": None}
     if num_workers == 0 or not paths:
         return map(check_audio, tqdm(paths, **progress))
-    with ProcessPoolExecutor(
-        num_workers or get_available_cpu_count(), initializer=end_with_parent
-    ) as executor:
+    # Python's default from 3.14 on is a server, which would be the workers' parent.
+    context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else None)
+    workers = num_workers or get_available_cpu_count()
+    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as executor:
         return list(
             parallel_map(
                 check_audio,
@@ -381,7 +386,7 @@ def _check_content(audio):
     if audio.frames == 0:
         return "it has no samples"
     cut = CUT_WAV.search(audio.extra_info)
-    if cut and int(cut[1]) > int(cut[2]):
+    if cut and int(cut[2]) < int(cut[1]) < UNKNOWN_SIZE:
         return f"truncated: its header promises {cut[1]} bytes of audio, it has {cut[2]}"
     truncated = f"truncated: its header promises {audio.frames} samples"
     try:

@@ -27,7 +27,18 @@ def prepare_data(hparams):
     """Write the manifests of the splits, unless `skip_prep` says that they are there.
 
     Shards and the manifest of noises are written too, if the YAML has folders for them.
+
+    Raises
+    ------
+    ValueError
+        If the features are impossible at `sample_rate`; else see what is called.
     """
+    stft = getattr(hparams.get("compute_features"), "compute_STFT", None)
+    if stft and stft.n_fft < stft.win_length:
+        raise ValueError(
+            f"n_fft is {stft.n_fft} samples, but a window has {stft.win_length} at a sample_rate "
+            f"of {hparams['sample_rate']} Hz: n_fft must be at least that"
+        )
     if not hparams["skip_prep"]:
         find_manifests(hparams)  # refuses what cannot be, before any work
         arguments = (
