@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import types
@@ -150,6 +151,18 @@ def test_the_count_outlives_a_stop_within_an_epoch(tmp_path, data):
     assert torch.equal(weight(resumed), weight(whole))
     for mine, theirs in zip(resumed.history, whole.history, strict=True):
         assert mine | {"seconds": 0} == theirs | {"seconds": 0}
+
+
+def test_validation_losses_of_nan_are_told_and_end_the_run_if_all_are(tmp_path, data, caplog):
+    dataset, rows = torch.utils.data.TensorDataset, torch.full((2, 3), torch.nan)
+    brain = make_brain(tmp_path)
+    brain.fit(range(1, 2), data, dataset(torch.cat([rows, torch.ones(1, 3)])))
+    told = re.findall(r"valid batch (\d): the loss is nan; it is left out", caplog.text)
+    assert told == ["1", "2"]
+    (kept,) = brain.checkpointer.list_checkpoints()
+    with pytest.raises(ValueError, match="diverged: no validation loss of epoch 2 is finite"):
+        brain.fit(range(2, 3), data, dataset(rows))
+    assert [checkpoint.path for checkpoint in brain.checkpointer.list_checkpoints()] == [kept.path]
 
 
 def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path, data):

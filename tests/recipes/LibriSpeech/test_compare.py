@@ -13,6 +13,7 @@ import speechbrain.nnet.RNN
 import torch
 from helpers import ROOT
 from processes import alive, wait_until
+from tiny_runs import held_by_another
 
 import compare_epoch_time
 from sb_fast_sligru import machine
@@ -32,7 +33,6 @@ from sligru_recipes.epoch_time.phases import PHASES
 from sligru_recipes.epoch_time.recipe import Options, load_recipe, spread
 from sligru_recipes.epoch_time.runs import Run, Variant
 from sligru_recipes.training.ctc import CTC
-from sligru_recipes.training.lock import lock_folder
 
 
 class WrongSLiGRU(speechbrain.nnet.RNN.SLiGRU):
@@ -225,13 +225,8 @@ def test_earlier_report_stays_until_there_is_another(simulated, tmp_path, monkey
         patch.setattr(epoch_runs, "loading_seconds", stop)
         assert "no report was written" in run_main(simulated)
     assert [(tmp_path / "report" / name).read_bytes() for name in names] == before
-    with lock_folder(tmp_path / "report"):
-        other = subprocess.run(
-            [sys.executable, compare_epoch_time.__file__, *simulated],
-            capture_output=True,
-            text=True,
-        )
-    assert "is in use by another run (host " in other.stderr and other.returncode == 1
+    with held_by_another(tmp_path / "report"):
+        assert "is in use by another run (host " in run_main(simulated)
     assert [(tmp_path / "report" / name).read_bytes() for name in names] == before
 
     def refuse(*arguments):
@@ -265,8 +260,8 @@ def test_progress_in_a_file_is_lines(simulated, capsys):
 
 
 WORKER = """
-import os, pathlib, sys, time
-pathlib.Path(sys.argv[-1]).write_text(str(os.getpid()))
+import os, pathlib, time
+pathlib.Path({note!r}).write_text(str(os.getpid()))
 time.sleep(60)
 """
 PARENT = """
@@ -276,19 +271,19 @@ in_own_process(exec, sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("signal", [signal.SIGTERM, signal.SIGKILL])
-def test_worker_ends_with_its_parent(tmp_path, signal):
-    note = tmp_path / "worker"
-    worker = WORKER.replace("sys.argv[-1]", repr(str(note)))
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, worker],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    wait_until(lambda: note.exists() and note.read_text(), seconds=60)
-    pid = int(note.read_text())
-    parent.send_signal(signal)
-    parent.wait()
-    wait_until(lambda: not alive(pid), seconds=5)
+def test_worker_ends_with_its_parent(tmp_path):
+    parents = {}
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        note = tmp_path / sent.name
+        command = [sys.executable, "-c", PARENT, WORKER.format(note=str(note))]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        parents[sent, note] = subprocess.Popen(command, env=environment)
+    for (sent, note), parent in parents.items():
+        wait_until(lambda note=note: note.exists() and note.read_text(), seconds=60)
+        worker = int(note.read_text())
+        parent.send_signal(sent)
+        parent.wait()
+        wait_until(lambda worker=worker: not alive(worker), seconds=5)
 
 
 def test_worker_of_a_parent_already_gone_ends(tmp_path):

@@ -371,7 +371,7 @@ def test_key_given_twice_is_named(own_noise, tmp_path):
         ("--tokenizer_file={0}", "tokenizer_file {0} does not exist or is no file"),
         ("--noise_folder={0}/none", "noise_folder {0}/none does not exist or is no folder"),
         ("--pretrained_folder={0}/none", "pretrained_folder {0}/none does not exist"),
-        ("--pretrained_folder={0}", "pretrained_folder {0} has no tokenizer.ckpt"),
+        ("--pretrained_folder={0}", "pretrained_folder {0} has no model.ckpt"),
         ("--train_csv=$DATA/train.csv", "train_csv $DATA/train.csv: $DATA is not expanded here"),
         ("--shard_folder=~/shards", "shard_folder ~/shards: ~ is not expanded here"),
         ("--valid_csv=${{DATA}}/dev.csv", "valid_csv ${{DATA}}/dev.csv: ${{DATA}} is not expanded"),
@@ -380,6 +380,12 @@ def test_key_given_twice_is_named(own_noise, tmp_path):
         ("--number_of_epochs=[3]", "number_of_epochs must be a number, got [3]"),
         ("--skip_bad_files=1", "skip_bad_files must be True or False, got 1"),
         ("--opt_class=!name:torch.optim.SGD {{momentum: 0.9}}", "keeps the class of"),
+        ("--rnn_class={{rho: 0.9}}", "rnn_class has no arguments in"),
+        ("--rnn_class=!name:sligru.SLiGRU", "There is no such entity as sligru.SLiGRU"),
+        ("--rnn_class=!new:torch.nn.LSTM", "librispeech_ctc.yaml: Invalid argument to class"),
+        ("--avg_checkpoints=0", "avg_checkpoints must be at least 1, got 0"),
+        ("--device=gpu", "--device=gpu: it must be such as cpu or cuda:0"),
+        ("--device=cuda:99", "--device=cuda:99: "),
         (
             "--ckpt_interval_steps=5 --ckpt_interval_minutes=5",
             "ckpt_interval_steps and ckpt_interval_minutes exclude each other",
@@ -423,7 +429,7 @@ def test_override_file_that_is_none_is_named(own_noise, tmp_path, content, messa
 def test_checkpoints_by_steps_need_no_second_key(own_noise, tmp_path):
     """The YAML's own ckpt_interval_minutes gives way."""
     argv = [*bad_input_arguments(own_noise, tmp_path), "--number_of_epochs=1"]
-    train_ctc.main([str(argument) for argument in (*argv, "--ckpt_interval_steps=1")])
+    train_ctc.main([str(argument) for argument in (*argv, "--ckpt_interval_steps=1000")])
     settings = (tmp_path / "output/hyperparams.yaml").read_text()
     assert re.search(r"^ckpt_interval_minutes: 0\b", settings, re.MULTILINE)
 

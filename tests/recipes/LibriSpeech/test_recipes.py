@@ -23,7 +23,7 @@ import train_lm
 from sligru_recipes.training.ctc import CTC
 from sligru_recipes.training.data import batching, prepare_data, prepare_noise
 from sligru_recipes.training.experiment import load_hparams, parse_arguments
-from sligru_recipes.training.language_model import Sentences
+from sligru_recipes.training.language_model import LanguageModel, Sentences
 from sligru_recipes.training.seq2seq import make_test_search
 from sligru_recipes.training.tokenizer import check_alignable, load_tokenizer
 
@@ -297,6 +297,11 @@ def test_language_model_learns_its_text(language_model):
     assert 1 < results["test-clean"]["perplexity"] < 2
     lines = epochs(folder)
     assert len(lines) == 8 and lines[-1]["valid loss"] < lines[0]["valid loss"]
+
+
+def test_perplexity_of_a_diverging_model_is_infinite():
+    assert LanguageModel.collect_stats(None, 1000.0) == {"perplexity": float("inf")}
+    assert LanguageModel.collect_stats(None, 2.0) == {"perplexity": pytest.approx(7.389056)}
 
 
 def lm_arguments(folder, *more):

@@ -1,5 +1,8 @@
-"""Runs of the CTC recipe that take a second or two."""
+"""Runs of the CTC recipe that take a second or two, and a process that is in their way."""
 
+import contextlib
+import multiprocessing
+import signal
 import sys
 
 import pytest
@@ -7,6 +10,7 @@ from helpers import ROOT
 
 import train_ctc
 from sligru_recipes.training.experiment import run_script
+from sligru_recipes.training.lock import lock_folder
 
 YAML = ROOT / "hparams/librispeech_ctc.yaml"
 MINI = ROOT / "hparams/librispeech_ctc_mini.yaml"
@@ -36,3 +40,24 @@ def complaint(argv):
     assert isinstance(message, str), message  # printed by Python, with exit status 1
     assert "\n" not in message
     return message
+
+
+@contextlib.contextmanager
+def held_by_another(folder):
+    """Yields a process that holds the folder as a run does."""
+    fork = multiprocessing.get_context("fork")
+    held = fork.Event()
+
+    def hold():
+        with lock_folder(folder):
+            held.set()
+            signal.pause()
+
+    process = fork.Process(target=hold)
+    process.start()
+    try:
+        assert held.wait(10)
+        yield process
+    finally:
+        process.kill()
+        process.join()

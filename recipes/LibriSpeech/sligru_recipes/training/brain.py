@@ -1,6 +1,5 @@
 """What the recipes add to SpeechBrain's Brain: counted skips, progress, pictures, DDP on a CPU."""
 
-import filecmp
 import hashlib
 import itertools
 import os
@@ -69,6 +68,7 @@ class RecipeBrain(sb.Brain):
         self.history = []  # one dict of numbers per epoch
         self.skipped_updates = 0  # since the first epoch
         self.nonfinite_count = 0  # in this epoch
+        self.nonfinite_evaluated = 0  # batches of this validation or test
         self.epoch = 0
         self.epoch_start = time.monotonic()
         self.epoch_seconds = 0.0  # spent in the current epoch before a stop
@@ -77,10 +77,6 @@ class RecipeBrain(sb.Brain):
         self.progress = None  # of a stage
         self.train_loader = None
         self.batches_before = None  # digest of those that a checkpoint within an epoch had seen
-        if self.hparams.avg_checkpoints < 1:
-            raise ValueError(
-                f"avg_checkpoints must be at least 1, got {self.hparams.avg_checkpoints}"
-            )
         if self.hparams.use_tensorboard:
             try:
                 self.tensorboard = self.hparams.tensorboard_logger()
@@ -192,14 +188,6 @@ class RecipeBrain(sb.Brain):
 
     def _load_initial_weights(self):
         folder, pretrainer = self.hparams.pretrained_folder, self.hparams.initial_weights
-        theirs = os.path.join(folder, "tokenizer.ckpt")
-        if not filecmp.cmp(theirs, f"{self.tokenizer.prefix_model_file}.model", shallow=False):
-            raise ValueError(
-                f"pretrained_folder {folder} has another tokenizer: set tokenizer_file to {theirs}"
-            )
-        for name in pretrainer.loadables:
-            if not os.path.isfile(os.path.join(folder, f"{name}.ckpt")):
-                raise FileNotFoundError(f"pretrained_folder {folder} has no {name}.ckpt")
         pretrainer.collect_files(default_source=folder)
         try:
             pretrainer.load_collected()
@@ -286,6 +274,7 @@ class RecipeBrain(sb.Brain):
         self.batches = self.batches_in[stage]
         if self.debug:
             self.batches = min(self.batches, self.debug_batches)
+        self.nonfinite_evaluated = 0
         self.progress = Progress(
             title,
             self.batches,
@@ -302,8 +291,14 @@ class RecipeBrain(sb.Brain):
         self._report(f"loss {loss.item():.3g}, run ends in {self._time_left()}")
 
     def evaluate_batch(self, batch, stage):
-        """SpeechBrain's, with a progress report."""
+        """SpeechBrain's, with a progress report; a loss that is not finite is told."""
         loss = super().evaluate_batch(batch, stage)
+        if not torch.isfinite(loss):  # SpeechBrain leaves it out of the mean
+            self.nonfinite_evaluated += 1
+            logger.warning(
+                f"{stage.name.lower()} batch {self.step}: the loss is {loss.item()}; "
+                "it is left out of the mean"
+            )
         self._report("")
         return loss
 
@@ -330,6 +325,12 @@ class RecipeBrain(sb.Brain):
             stats["skipped updates"] = self.skipped_updates - before
             self.train_stats = stats
             return
+        if stage == sb.Stage.VALID and self.nonfinite_evaluated == self.batches:
+            # Neither the best checkpoint nor the learning rate can follow it.
+            raise ValueError(
+                f"training diverged: no validation loss of epoch {epoch} is finite; "
+                "the checkpoint before it is kept"
+            )
         stats |= self.collect_stats(stage_loss)
         if stage == sb.Stage.TEST:
             self.test_stats = stats

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import filecmp
 import json
 import os
 import re
@@ -28,11 +29,10 @@ GZIP = b"\x1f\x8b"
 # within quotes or after `--KEY=`.
 PATH_KEY = re.compile(r"_(folder|file|csv|log)$|^train_log$")
 UNEXPANDED = re.compile(r"\$\w+|\$\{\w+\}|^~")
-# Key -> what its folder must hold.
-FOLDERS = {
-    "lm_folder": (("lm.ckpt", "tokenizer.ckpt"), "run train_lm.py"),
-    "pretrained_folder": (("tokenizer.ckpt",), "take the folder of an export or of train_lm.py"),
-    "noise_folder": ((), ""),
+# Folders that hold weights -> who makes them.
+MADE_BY = {
+    "lm_folder": "run train_lm.py",
+    "pretrained_folder": "take the inference folder of a run of this recipe, or of train_lm.py",
 }
 
 
@@ -50,9 +50,11 @@ def parse_arguments(argv=None):
     Raises
     ------
     ValueError
-        If a key is given twice, or its value is not YAML.
+        If a key is given twice, or its value is not YAML, or the device cannot be used.
     """
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
+    if run_opts["device"] is not None:
+        check_device(run_opts["device"])
     yaml = ruamel.yaml.YAML()  # keeps tags such as !name: as they are
     try:
         overrides = yaml.load(overrides) or {}
@@ -62,6 +64,16 @@ def parse_arguments(argv=None):
     if overrides_file is not None:
         overrides = {**_load_keys(overrides_file), **overrides}
     return hparams_file, run_opts, overrides, overrides_file
+
+
+def check_device(name):
+    """Raise ValueError if PyTorch does not know a device, or there is no such GPU."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device={name}: it must be such as cpu or cuda:0") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device={name}: {torch.cuda.device_count()} CUDA GPUs are visible")
 
 
 def _load_keys(path):
@@ -88,7 +100,7 @@ def load_hparams(hparams_file, overrides):
     ValueError
         If an override names no key of the YAML, is no number or truth value where the YAML has one,
         or would keep another class than it names, or a path has something that a shell would have
-        replaced, or is of another kind of file.
+        replaced, or is of another kind of file, or a class is missing or takes no such arguments.
     """
     keys = _load_keys(hparams_file)
     for key, value in overrides.items():
@@ -101,24 +113,29 @@ def load_hparams(hparams_file, overrides):
                 if not isinstance(value, kind) and not _tag(value):
                     raise ValueError(f"{key} must be {name}, got {value!r}")
                 break
-        if isinstance(value, dict) and isinstance(keys[key], dict):
+        if isinstance(value, dict):
+            if not isinstance(keys[key], dict):
+                raise ValueError(f"{key} has no arguments in {hparams_file}: change that file")
             own, other = _tag(keys[key]), _tag(value)
             if other and other != own:
                 raise ValueError(
                     f"{key}: an override that has arguments keeps the class of {hparams_file}, "
                     f"{own}; give {other} without arguments, or change that file"
                 )
-    check_paths(ruamel.yaml.YAML().load(resolve(hparams_file, copy.deepcopy(overrides))))
-    with open(hparams_file, encoding="utf-8") as file:
-        return load_hyperpyyaml(file, copy.deepcopy(overrides))
+    check_values(ruamel.yaml.YAML().load(resolve(hparams_file, copy.deepcopy(overrides))))
+    try:
+        with open(hparams_file, encoding="utf-8") as file:
+            return load_hyperpyyaml(file, copy.deepcopy(overrides))
+    except (ImportError, TypeError) as error:  # the latter with the class as first argument
+        raise ValueError(f"{hparams_file}: {', '.join(map(str, error.args))}") from error
 
 
 def _tag(node):
     return getattr(getattr(node, "tag", None), "value", None)
 
 
-def check_paths(values):
-    """Check the paths of a resolved YAML, before anything is made of them.
+def check_values(values):
+    """Check a resolved YAML, before anything is made of it.
 
     Raises
     ------
@@ -143,13 +160,26 @@ def check_paths(values):
         with open(text_file, "rb") as file:
             if file.read(len(GZIP)) == GZIP:
                 raise ValueError(f"text_file {text_file} is compressed: unpack it by gunzip")
-    for key, (names, hint) in FOLDERS.items():
+    folders = {"lm_folder": ("lm", "tokenizer"), "noise_folder": ()}
+    pretrained = values.get("pretrained_folder")
+    if pretrained:
+        folders["pretrained_folder"] = (*values["initial_weights"]["loadables"], "tokenizer")
+    for key, names in folders.items():
         folder = values.get(key)
         if folder and not os.path.isdir(folder):
             raise FileNotFoundError(f"{key} {folder} does not exist or is no folder")
         for name in names if folder else ():
-            if not os.path.isfile(os.path.join(folder, name)):
-                raise FileNotFoundError(f"{key} {folder} has no {name}: {hint}")
+            if not os.path.isfile(os.path.join(folder, f"{name}.ckpt")):
+                raise FileNotFoundError(f"{key} {folder} has no {name}.ckpt: {MADE_BY[key]}")
+    if pretrained:
+        given, theirs = values["tokenizer_file"], os.path.join(pretrained, "tokenizer.ckpt")
+        if not given or not filecmp.cmp(given, theirs, shallow=False):
+            raise ValueError(
+                f"pretrained_folder {pretrained} needs its own tokenizer: "
+                f"set tokenizer_file to {theirs}"
+            )
+    if values.get("avg_checkpoints", 1) < 1:
+        raise ValueError(f"avg_checkpoints must be at least 1, got {values['avg_checkpoints']}")
 
 
 @dataclasses.dataclass
@@ -238,10 +268,13 @@ def start_experiment(argv, script):
     hparams["checkpointer"].settings = describe(hparams_file, overrides)
     folder = hparams["output_folder"]
     with contextlib.ExitStack() as stack:
+        changed = ""
         if if_main_process():
             stack.enter_context(lock_folder(folder))
-            _check_checkpoint(experiment)
+            changed = _check_checkpoint(experiment)
         sb.create_experiment_directory(folder, save_env_desc=False)
+        if changed:
+            logger.info(f"The run that is here goes on with other settings: {changed}")
         # It saves the file that calls it: this one, which `save_sources` puts in its place.
         run_on_main(os.remove, [os.path.join(folder, os.path.basename(__file__))])
         yield experiment
@@ -267,12 +300,18 @@ def run_options_of_the_yaml(hparams_file, run_opts):
 
 
 def _check_checkpoint(experiment):
+    """Refuse what the newest checkpoint does not fit; tells the settings that are others now."""
     hparams, overrides = experiment.hparams, experiment.overrides
     checkpoint = hparams["checkpointer"].find_checkpoint()
     if checkpoint is None:
         if experiment.run_opts.test_only:
             raise FileNotFoundError(f"--test_only: {hparams['save_folder']} has no checkpoint")
-        return
+        return ""
+    if experiment.run_opts.debug and not experiment.run_opts.debug_persistently:
+        raise ValueError(
+            f"--debug: output_folder {hparams['output_folder']} has a run, whose results it would "
+            "replace: choose another output_folder"
+        )
 
     def load_model(vocab_size):
         if vocab_size == hparams["vocab_size"]:
@@ -281,7 +320,7 @@ def _check_checkpoint(experiment):
             "model"
         ]
 
-    check_resume(
+    return check_resume(
         checkpoint,
         hparams["checkpointer"].settings,
         find_references(experiment.hparams_file, overrides),

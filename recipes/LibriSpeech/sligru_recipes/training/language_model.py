@@ -1,6 +1,5 @@
 """The RNN language model of train_lm.py: its text, its training, its files."""
 
-import math
 import os
 import shutil
 
@@ -35,7 +34,7 @@ class LanguageModel(RecipeBrain):
 
     def collect_stats(self, loss):
         """Perplexity of a token."""
-        return {"perplexity": math.exp(loss)}
+        return {"perplexity": torch.tensor(loss, dtype=torch.float64).exp().item()}  # or infinite
 
 
 class Sentences(torch.utils.data.Dataset):
@@ -146,8 +145,9 @@ def run(argv, script):
             valid_loader_kwargs=hparams["valid_dataloader_opts"],
             when_ready=experiment.save,
         )
-        brain.on_evaluate_start(min_key="loss")  # loads the best checkpoint
-        run_on_main(save_for_search, [hparams, tokenizer])
+        if not brain.debug:  # which keeps no checkpoint
+            brain.on_evaluate_start(min_key="loss")  # loads the best checkpoint
+            run_on_main(save_for_search, [hparams, tokenizer])
         return {split: brain.test(split, dataset) for split, dataset in test_data.items()}
 
 

@@ -65,7 +65,7 @@ def _plain(node):
     elif isinstance(node, ruamel.yaml.comments.TaggedScalar):
         value = node.value
     elif node is None or isinstance(node, bool | int | float):
-        return node if node is None or isinstance(node, bool | int) else float(node)
+        value = node
     else:
         value = str(node)
     return {tag: value} if tag else value
@@ -115,6 +115,11 @@ def check_resume(checkpoint, settings, references, hparams, load_model, folder):
     folder : str
         Output folder, for messages.
 
+    Returns
+    -------
+    str
+        The settings that are others than the checkpoint's, "" if there are none.
+
     Raises
     ------
     ValueError
@@ -122,10 +127,16 @@ def check_resume(checkpoint, settings, references, hparams, load_model, folder):
     """
     before = checkpoint.meta.get("settings", {})
     changed = changed_keys(before, settings, references)
+
+    def tell(keys):
+        return ", ".join(
+            f"{key} was {_short(before[key])}, now {_short(settings[key])}" for key in sorted(keys)
+        )
+
     if settings["vocab_size"] == before.get(FITTED_SIZE):
         changed.discard("vocab_size")  # its hyperparams.yaml has that size
     refused = {key for key in FIXED if key in changed}
-    if "opt_class" in changed and _tag(before["opt_class"]) != _tag(settings["opt_class"]):
+    if "opt_class" in changed and _class(before["opt_class"]) != _class(settings["opt_class"]):
         refused.add("opt_class")
     in_model = changed & _reachable("model", references)
     if in_model:
@@ -133,13 +144,9 @@ def check_resume(checkpoint, settings, references, hparams, load_model, folder):
         if not _fits(load_model(size), checkpoint.paramfiles["model"]):
             refused |= in_model
     if refused:
-        keys = ", ".join(
-            f"{key} was {_short(before[key])}, now {_short(settings[key])}"
-            for key in sorted(refused)
-        )
         raise ValueError(
             f"output_folder {folder} has a run with other settings, which its checkpoint cannot "
-            f"go on with ({keys}): set them back, or choose another output_folder"
+            f"go on with ({tell(refused)}): set them back, or choose another output_folder"
         )
     given = hparams["tokenizer_file"]
     models = list(Path(hparams["save_folder"]).glob(f"*_{hparams['token_type']}.model"))
@@ -148,20 +155,27 @@ def check_resume(checkpoint, settings, references, hparams, load_model, folder):
             f"tokenizer_file {given} is not the tokenizer that the run in output_folder {folder} "
             "was trained with: choose another output_folder"
         )
+    return tell(changed)
 
 
-def _tag(text):
-    """The class of a value that is an object; else the value."""
+def _load(text):
+    """A value that `describe` returned, with {tag: arguments} for an object."""
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except ValueError:
         return "another"  # a digest
+
+
+def _class(text):
+    value = _load(text)
     return next(iter(value)) if isinstance(value, dict) else value
 
 
 def _short(text):
-    value = _tag(text)
-    return value if isinstance(value, str) else json.dumps(value)
+    value = _load(text)
+    if isinstance(value, dict) and not any(value.values()):
+        return next(iter(value))  # a class without arguments
+    return value if isinstance(value, str) else text
 
 
 def _reachable(key, references):
