@@ -465,6 +465,11 @@ def test_bad_arguments_end_in_one_line(arguments, bad, message):
 # ---- simulated data
 
 
+def test_simulated_audio_of_another_rate_is_refused(simulated):
+    message = run_main([*simulated, "--sample_rate=8000"], "--full")
+    assert "sample_rate is 8000 Hz, but simulated audio has 16000 Hz" in message
+
+
 @pytest.mark.parametrize("name", simulation.NAMES)
 def test_simulated_splits_have_librispeechs_size(name):
     utterances, hours = {
@@ -487,6 +492,7 @@ def test_simulated_splits_have_librispeechs_size(name):
 @pytest.mark.parametrize("io", [True, False])
 def test_simulated_utterances_depend_on_the_seed_alone(tmp_path, io):
     hparams = {"seed": 1, "vocab_size": 20, "blank_index": 0, "bos_index": 1, "eos_index": 2}
+    hparams["sample_rate"] = 16000
     targets = ("tokens", "tokens_bos", "tokens_eos")
 
     def make(name, **changed):
