@@ -19,7 +19,7 @@ import train_ctc
 import train_lm
 import transcribe
 from sligru_recipes.corpora.librispeech import prepare_librispeech
-from sligru_recipes.inference.transcribe import load_recogniser
+from sligru_recipes.inference.recogniser import load_recogniser
 from sligru_recipes.training import tokenizer
 from sligru_recipes.training.data import find_manifests, load_manifest, prepare_data
 from sligru_recipes.training.recogniser import ASR
