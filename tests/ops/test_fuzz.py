@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import gc
 import math
 import os
 
@@ -405,13 +404,13 @@ def test_not_finite_on_a_gpu(capsys, only_nan):
 def test_memory_of_a_gpu_does_not_grow(dtype):
     wx = torch.randn(4, 20, 128, dtype=dtype, device="cuda", requires_grad=True)
     u = torch.randn(128, 64, dtype=dtype, device="cuda", requires_grad=True)
-    gc.collect()  # of what earlier tests left in cycles
     allocated = []
     for _ in range(2000):
         h = ops.light_gru(wx, u, layer_norm=True)
         torch.autograd.grad(h.mul_(2).sum(), [wx, u])
         allocated.append(torch.cuda.memory_allocated())
-    assert len(set(allocated[10:])) == 1
+    # The least of many: autograd's thread may still hold what it has used when its result is there.
+    assert min(allocated[-100:]) <= min(allocated[10:110])
 
 
 @pytest.mark.gpu
