@@ -143,12 +143,17 @@ def write(results, command, folder):
     report = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
-        "runs": len(results),
+        "number_of_runs": len(results),
         "corpus": results[0]["corpus"],
         "number_of_epochs": results[0]["number_of_epochs"],
     }
-    for key in ("commit", "device", "cpu", "torch", "speechbrain"):
+    for key in ("commit", "torch", "speechbrain"):
         report[key] = sorted({result[key] or "unknown" for result in results})
+    gpus, cpus = (
+        " and ".join(sorted({result[key] or "unknown" for result in results}))
+        for key in ("device", "cpu")
+    )
+    report["machine"] = {"gpu": None if gpus == cpus else gpus, "cpu": cpus}
     report["backends"] = sorted({f"{r['variant']} {r['backend']}" for r in results if r["backend"]})
     report["summary"] = summarise(results)
     text = as_markdown(report)
@@ -159,12 +164,12 @@ def write(results, command, folder):
 
 def as_markdown(report):
     """The report for people."""
-    splits = report["corpus"]["splits"]
+    splits, machine = report["corpus"]["splits"], report["machine"]
     corpus = ", ".join(f"{split} {count} x {each}" for split, (count, each) in splits.items())
     parts = [
         "# Training with our SLi-GRU and with SpeechBrain's",
-        f"{report['runs']} runs of {report['number_of_epochs']} epochs on "
-        f"{' and '.join(report['device'])} (CPU: {', '.join(report['cpu'])}); torch "
+        f"{report['number_of_runs']} runs of {report['number_of_epochs']} epochs on "
+        f"{machine['gpu'] or 'its CPU alone'} (CPU: {machine['cpu']}); torch "
         f"{', '.join(report['torch'])}, SpeechBrain {', '.join(report['speechbrain'])}, commit "
         f"{', '.join(report['commit'])}; backends: {', '.join(report['backends']) or 'none'}; "
         f"{report['date']}.",

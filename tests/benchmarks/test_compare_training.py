@@ -149,7 +149,7 @@ def test_a_run_is_that_of_the_recipe(results, corpus, tmp_path):
 def test_report_has_all_metrics_of_all_pairs(finished):
     output, printed = finished
     report = json.loads((output / "report.json").read_text())
-    assert report["runs"] == 6 and report["commit"] == ["abc"]
+    assert report["number_of_runs"] == 6 and report["commit"] == ["abc"]
     assert [row["metric"] for row in report["summary"]] == [
         "training loss, epoch 1",
         "dev loss, epoch 1",
