@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import traceback
 
 import torch
 
@@ -37,8 +38,9 @@ def explain(error):
     if found and tuple(map(int, re.findall(r"\d+", found)[:2])) < (1, 1):
         return f"SpeechBrain {found} is too old (run: pip install '{NEEDED}')"
     cause = " ".join(str(error).split())
-    line = f"SpeechBrain {found or ''} does not import: {type(error).__name__}: {cause}"
-    if "audio" in f"{cause} {getattr(error, 'path', '')}":
+    line = f"SpeechBrain {found} does not import: {type(error).__name__}: {cause}"
+    frames = traceback.extract_tb(error.__traceback__)
+    if "torchaudio" in cause.lower() or any("torchaudio" in frame.filename for frame in frames):
         line += f" (torch here is {torch.__version__}; pairs that work: {PAIRS})"
     return line
 
