@@ -88,17 +88,20 @@ def check_packaging():
         )
 
 
-def check_compilers(nvcc=None):
+def check_compiler():
     """Compile next to nothing: a compiler that is missing or does not work says so in one line."""
     compiler = cpp_extension.get_cxx_compiler()
     command = [*shlex.split(compiler), "-x", "c++", "-std=c++17", "-fsyntax-only", "-"]
     output, works = output_of(*command, stdin="#include <charconv>\n")
     if not works:
         fail(f"{compiler} is no C++17 compiler: {_complaint(output)} (install g++, or set CXX)")
-    if nvcc:
-        output, works = output_of(nvcc, "-x", "cu", "-c", os.devnull, "-o", os.devnull)
-        if not works:
-            fail(f"{nvcc} does not work: {_complaint(output)} (NO_CUDA=1 builds without it)")
+
+
+def check_nvcc(nvcc):
+    """The same for nvcc, which may refuse the compiler; it takes seconds."""
+    output, works = output_of(nvcc, "-x", "cu", "-c", os.devnull, "-o", os.devnull)
+    if not works:
+        fail(f"{nvcc} does not work: {_complaint(output)} (NO_CUDA=1 builds without it)")
 
 
 def _complaint(output):
@@ -228,7 +231,8 @@ class BuildExtension(cpp_extension.BuildExtension):
     nvcc = None
 
     def run(self):
-        check_compilers(self.nvcc)
+        if self.nvcc:
+            check_nvcc(self.nvcc)
         directory = PACKAGE if self.inplace else os.path.join(self.build_lib, PACKAGE)
         for path in glob.glob(os.path.join(directory, "_C*.so")):
             os.remove(path)  # of an earlier build
@@ -261,6 +265,8 @@ def extensions(with_cuda):
 def main():
     check_torch()
     check_packaging()
+    if "sdist" not in sys.argv:
+        check_compiler()
     limit_jobs()
     nvcc, why_not = find_cuda()
     if nvcc is None and switch("FORCE_CUDA"):

@@ -172,9 +172,9 @@ def test_setuptools_without_the_package_wheel(setup, monkeypatch):
 
 
 def test_no_compiler(setup, monkeypatch):
-    setup.check_compilers()
+    setup.check_compiler()
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    assert "/no/such/compiler is no C++17 compiler" in message_of(setup.check_compilers)
+    assert "/no/such/compiler is no C++17 compiler" in message_of(setup.check_compiler)
 
 
 def test_a_compiler_that_knows_no_cpp17(setup, monkeypatch, tmp_path):
@@ -182,11 +182,11 @@ def test_a_compiler_that_knows_no_cpp17(setup, monkeypatch, tmp_path):
     compiler.write_text("#!/bin/sh\necho 'In file a.h' >&2\necho 'a.h:1: error: no' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    assert "is no C++17 compiler: a.h:1: error: no (install" in message_of(setup.check_compilers)
+    assert "is no C++17 compiler: a.h:1: error: no (install" in message_of(setup.check_compiler)
 
 
-def test_an_nvcc_that_does_not_work(setup, monkeypatch):
-    line = message_of(setup.check_compilers, "/no/such/nvcc")
+def test_an_nvcc_that_does_not_work(setup):
+    line = message_of(setup.check_nvcc, "/no/such/nvcc")
     assert line.startswith("sb_fast_sligru: /no/such/nvcc does not work")
 
 
