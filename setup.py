@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import setuptools
-from setuptools.command.build import build
+from setuptools.command.build_py import build_py
 
 
 def fail(message):
@@ -219,9 +219,9 @@ def limit_jobs():
 # ---- the build
 
 
-class Build(build):
+class BuildPackage(build_py):
     def run(self):
-        # What an earlier build left there would get into the wheel.
+        # What an earlier build left there would get into the wheel. build_ext comes afterwards.
         shutil.rmtree(os.path.join(self.build_lib, PACKAGE), ignore_errors=True)
         super().run()
 
@@ -290,7 +290,7 @@ def main():
     setuptools.setup(
         version=version if "sdist" in sys.argv else version + local,
         ext_modules=list(extensions(with_cuda=nvcc is not None)),
-        cmdclass={"build": Build, "build_ext": BuildExtension},
+        cmdclass={"build_py": BuildPackage, "build_ext": BuildExtension},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 

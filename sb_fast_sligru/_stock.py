@@ -9,7 +9,7 @@ import torch
 NEEDED = "speechbrain>=1.1"
 # SpeechBrain imports torchaudio, which checks that it has torch's CUDA version. docs/install.md
 # tells which pairs were tried.
-PAIRS = "torch 2.10 with torchaudio 2.10, torch 2.11 to 2.14 with torchaudio 2.11"
+PAIRS = "torch 2.10 with torchaudio 2.10, torch 2.11 or 2.14 with torchaudio 2.11"
 
 
 def version():
@@ -37,7 +37,10 @@ def explain(error):
         return f"SpeechBrain is not installed (run: pip install '{NEEDED}')"
     if found and tuple(map(int, re.findall(r"\d+", found)[:2])) < (1, 1):
         return f"SpeechBrain {found} is too old (run: pip install '{NEEDED}')"
-    cause = " ".join(str(error).split())
+    cause = str(error)
+    if error.__cause__ is not None:  # the linker's words, where torch names the file alone
+        cause += f": {error.__cause__}"
+    cause = " ".join(cause.split())
     line = f"SpeechBrain {found} does not import: {type(error).__name__}: {cause}"
     frames = traceback.extract_tb(error.__traceback__)
     if "torchaudio" in cause.lower() or any("torchaudio" in frame.filename for frame in frames):

@@ -167,7 +167,15 @@ class Failing(types.ModuleType):
     def __getattr__(self, name):
         if name != "RNN":
             raise AttributeError(name)
-        exec(compile("raise error", "torchaudio/__init__.py", "exec"), {"error": self.error})
+        code = compile("raise error from error.__cause__", "torchaudio/__init__.py", "exec")
+        exec(code, {"error": self.error})
+
+
+def not_loaded(path, words):
+    """As torch.ops.load_library raises it."""
+    error = OSError(f"Could not load this library: {path}")
+    error.__cause__ = OSError(words)
+    return error
 
 
 def old_speechbrain():
@@ -197,9 +205,10 @@ def old_speechbrain():
         ),
         (
             "1.1.2",
-            Failing(OSError("libc10_cuda.so: cannot open shared object file")),
-            "SpeechBrain 1.1.2 does not import: OSError: libc10_cuda.so: cannot open shared object "
-            f"file (torch here is {torch.__version__}; pairs that work: ",
+            Failing(not_loaded("_torchaudio.so", "libc10_cuda.so: cannot open shared object file")),
+            "SpeechBrain 1.1.2 does not import: OSError: Could not load this library: "
+            "_torchaudio.so: libc10_cuda.so: cannot open shared object file "
+            f"(torch here is {torch.__version__}; pairs that work: ",
         ),
     ],
     ids=["missing", "old", "another torchaudio", "torchaudio of another torch"],
