@@ -5,6 +5,7 @@ fresh one on top of it, which sees the packages of the kept one.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build/environments"
+# What tests install, or an environment has from the start.
+OWN = re.compile(
+    "(__editable__.*)?(sb_fast_sligru|setuptools|wheel|uv|pip|pkg_resources|.*distutils)"
+)
 # What a shell of a user has not: the switches and paths of `make`, and of this Python.
 UNSET = {"PYTHONPATH", "NO_CUDA", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "VIRTUAL_ENV"}
 
@@ -62,7 +67,7 @@ class Environment:
     version : str
         Of Python.
     below : str, optional
-        A folder of packages that it sees too.
+        A folder of packages that it has too, by links to each but those in `OWN`.
     """
 
     def __init__(self, folder, version, below=None):
@@ -71,8 +76,9 @@ class Environment:
         self.site = folder / f"lib/python{version}/site-packages"
         if not self.python.exists():
             run(interpreter(version), "-m", "venv", folder, cwd=ROOT)
-        if below:
-            (self.site / "below.pth").write_text(f"{below}\n")
+        for path in Path(below).iterdir() if below else ():
+            if not OWN.match(path.name) and not (self.site / path.name).exists():
+                (self.site / path.name).symlink_to(path)
 
     def pip(self, *arguments, cwd=ROOT, **options):
         """Run pip without this machine's own limits on versions; return what it printed."""
