@@ -120,8 +120,8 @@ wheel: $(INSTALLED)
 	rm -rf build/wheels dist/*.whl
 	NO_CUDA=1 $(WHEEL)
 	$(WHEEL)
-	$(RUN) -m auditwheel repair --plat manylinux_2_28_$(shell uname -m) --exclude 'libtorch*' \
-		--exclude 'libc10*' --exclude 'libcudart*' --wheel-dir dist build/wheels/*.whl
+	$(RUN) -m auditwheel repair --only-plat --plat manylinux_2_28_$(shell uname -m) \
+		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' --wheel-dir dist build/wheels/*.whl
 
 sdist: $(INSTALLED)
 	rm -f dist/*.tar.gz

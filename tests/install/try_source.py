@@ -31,7 +31,7 @@ def source(tmp_path):
 @pytest.fixture
 def environment(tmp_path):
     fresh = Environment(tmp_path / "environment", VERSION, below=sysconfig.get_path("purelib"))
-    fresh.pip("install", "--quiet", "--upgrade", "setuptools", "wheel")
+    fresh.pip("install", "--quiet", "--upgrade", "setuptools<82", "wheel")  # as torch wants it
     return fresh
 
 
@@ -54,8 +54,8 @@ def reason(output):
 @pytest.mark.parametrize("setuptools", ["61.0.0", "65.5.0", "77.0.3", ""])
 def test_setuptools(environment, source, tmp_path, setuptools):
     """From the oldest that reads pyproject.toml to the newest."""
-    if setuptools:
-        environment.pip("install", f"setuptools=={setuptools}")
+    version = f"=={setuptools}" if setuptools else ""
+    environment.pip("install", "--upgrade", f"setuptools{version}")
     environment.pip(*BUILD, cwd=source, **SWITCH)
     works(environment, tmp_path)
 
