@@ -13,10 +13,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build/environments"
-# What tests install, or an environment has from the start.
-OWN = re.compile(
-    "(__editable__.*)?(sb_fast_sligru|setuptools|wheel|uv|pip|pkg_resources|.*distutils)"
-)
 # What a shell of a user has not: the switches and paths of `make`, and of this Python.
 UNSET = {"PYTHONPATH", "NO_CUDA", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "VIRTUAL_ENV"}
 
@@ -49,11 +45,11 @@ def run(*command, cwd, succeeds=True, **variables):
 
 
 def interpreter(version):
-    """The Python of a version such as "3.10": from the PATH, or pyenv's."""
+    """The Python of a version such as "3.10": pyenv's, whose commands may be off, or the PATH's."""
     if version == f"{sys.version_info[0]}.{sys.version_info[1]}":
         return sys.executable
     installed = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
-    found = shutil.which(f"python{version}") or (installed and str(installed[-1]))
+    found = str(installed[-1]) if installed else shutil.which(f"python{version}")
     assert found, f"python{version} is not on the PATH"
     return found
 
@@ -67,17 +63,22 @@ class Environment:
     version : str
         Of Python.
     below : str, optional
-        A folder of packages that it has too, by links to each but those in `OWN`.
+        A folder of packages that it has too, by links: all but those that it has or will get.
+    builds : bool
+        Whether it will get its own setuptools and wheel.
     """
 
-    def __init__(self, folder, version, below=None):
+    def __init__(self, folder, version, below=None, builds=False):
         self.folder = folder
         self.python = folder / "bin/python"
         self.site = folder / f"lib/python{version}/site-packages"
         if not self.python.exists():
             run(interpreter(version), "-m", "venv", folder, cwd=ROOT)
+        own = "(__editable__.*)?(sb_fast_sligru|uv|pip)"
+        if builds or (self.site / "setuptools").exists():
+            own += "|setuptools|wheel|pkg_resources|_?distutils"
         for path in Path(below).iterdir() if below else ():
-            if not OWN.match(path.name) and not (self.site / path.name).exists():
+            if not re.match(own, path.name) and not (self.site / path.name).exists():
                 (self.site / path.name).symlink_to(path)
 
     def pip(self, *arguments, cwd=ROOT, **options):

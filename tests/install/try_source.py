@@ -14,6 +14,7 @@ import pytest
 from environments import ROOT, Environment, run
 
 VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
+PACKAGES = sysconfig.get_path("purelib")
 SWITCH = {"NO_CUDA": "1"}
 BUILD = ("install", "--no-build-isolation", "--no-deps", ".")
 
@@ -30,7 +31,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def environment(tmp_path):
-    fresh = Environment(tmp_path / "environment", VERSION, below=sysconfig.get_path("purelib"))
+    fresh = Environment(tmp_path / "environment", VERSION, PACKAGES, builds=True)
     fresh.pip("install", "--quiet", "--upgrade", "setuptools<82", "wheel")  # as torch wants it
     return fresh
 
@@ -62,7 +63,7 @@ def test_setuptools(environment, source, tmp_path, setuptools):
 
 def test_setuptools_without_the_package_wheel(tmp_path, source):
     """A new environment of Python 3.11 has setuptools 65.5 and no wheel."""
-    environment = Environment(tmp_path / "bare", VERSION, below=sysconfig.get_path("purelib"))
+    environment = Environment(tmp_path / "bare", VERSION, PACKAGES, builds=True)
     environment.pip("install", "setuptools==65.5.0")
     output = environment.pip(*BUILD, cwd=source, succeeds=False, **SWITCH)
     assert reason(output).endswith("which is missing (run: pip install wheel)")
@@ -227,7 +228,8 @@ def test_architectures_that_cannot_be(environment, source, archs):
     needs_nvcc()
     options = {"TORCH_CUDA_ARCH_LIST": archs, "FORCE_CUDA": "1"}
     output = environment.pip(*BUILD, cwd=source, succeeds=False, **options)
-    assert f"sb_fast_sligru: TORCH_CUDA_ARCH_LIST: got {archs!r}"[:-4] in reason(output)
+    assert "sb_fast_sligru: TORCH_CUDA_ARCH_LIST: got " in reason(output)
+    assert repr(archs) in reason(output)
 
 
 def test_cuda(environment, source, tmp_path):
