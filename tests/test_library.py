@@ -155,6 +155,7 @@ def speechbrain(monkeypatch):
     # What was imported meanwhile is not what other tests have; monkeypatch restores the rest.
     for name in ("rnn", "_stock"):
         sys.modules.pop(f"sb_fast_sligru.{name}", None)
+        vars(sb_fast_sligru).pop(name, None)
 
 
 class Failing(types.ModuleType):
