@@ -40,6 +40,7 @@ BUILT := $(STAMPS)/.built
 BUILT_FOR_DEMO := $(if $(GPU_ARCHS),$(BUILT),$(STAMPS)/.built-cpu)
 
 .PHONY: help demo test test-gpu sanitize test-stable-abi lint build clean
+.PHONY: wheel sdist test-wheel test-install
 
 help:
 	@echo "make demo             train the recipe with our encoder and SpeechBrain's, compare epoch times"
@@ -49,6 +50,10 @@ help:
 	@echo "make test-stable-abi  run the operator's tests under a newer torch than the library's own"
 	@echo "make lint             check the style of Python and C++ files"
 	@echo "make build            build the library"
+	@echo "make wheel            wheels in dist/: for CPUs, and with nvcc for every GPU (10 minutes)"
+	@echo "make sdist            source distribution in dist/"
+	@echo "make test-wheel       try the wheels under other Pythons and torches (downloads gigabytes)"
+	@echo "make test-install     try builds from the source in fresh environments (15 minutes)"
 	@echo "make clean            remove what was built (the environment .venv stays)"
 
 # The comparison leaves time pooling out: four seconds of speech then give the RNN about as many
@@ -104,6 +109,32 @@ lint: $(INSTALLED)
 	clang-format --dry-run --Werror $(CPP) benchmarks/bench_step.cu
 
 build: $(BUILT)
+
+# auditwheel names the oldest Linux that a wheel runs on, that of torch's own wheels; torch and CUDA
+# are not put into it. Wheels hold every architecture of setup.py.
+WHEEL := $(RUN) -m pip wheel --quiet --no-cache-dir --no-build-isolation --no-deps \
+	--wheel-dir build/wheels .
+wheel: TORCH_CUDA_ARCH_LIST :=
+wheel: $(INSTALLED)
+	@echo "== Wheels"
+	rm -rf build/wheels dist/*.whl
+	NO_CUDA=1 $(WHEEL)
+	$(WHEEL)
+	$(RUN) -m auditwheel repair --only-plat --plat manylinux_2_28_$(shell uname -m) \
+		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' --wheel-dir dist build/wheels/*.whl
+
+sdist: $(INSTALLED)
+	rm -f dist/*.tar.gz
+	$(RUN) setup.py --quiet sdist
+
+TRYING := $(RUN) -m pytest $(if $(TRY),-k "$(TRY)")
+test-wheel: $(INSTALLED)
+	@echo "== Wheels of dist/ in fresh environments"
+	$(TRYING) tests/install/try_wheel.py
+
+test-install: $(INSTALLED)
+	@echo "== Builds from the source in fresh environments"
+	$(TRYING) tests/install/try_source.py
 
 clean:
 	rm -rf build dist *.egg-info sb_fast_sligru/*.so .venv/.built .venv/.built-cpu

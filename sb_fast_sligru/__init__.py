@@ -7,13 +7,15 @@ subclass SpeechBrain's modules and import SpeechBrain when they are first asked 
 from . import ops
 from .ops import backend
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["LiGRU", "SLiGRU", "backend", "ops"]
 
 
 def __getattr__(name):
     if name in ("SLiGRU", "LiGRU"):
-        from . import rnn
-
+        try:
+            from . import rnn
+        except AttributeError as error:  # which would read as "cannot import name"
+            raise ImportError(f"sb_fast_sligru.rnn does not import: {error}") from error
         return getattr(rnn, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

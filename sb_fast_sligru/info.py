@@ -1,7 +1,7 @@
 """`python -m sb_fast_sligru.info`: what is installed and built, and which kernels would run."""
 
 import argparse
-import importlib.metadata
+import os
 import platform
 
 import torch
@@ -9,17 +9,20 @@ import torch
 from . import __version__, _library, ops
 
 
-def _version(package):
+def _speechbrain():
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        from . import _stock
+    except ImportError as error:
+        return str(error)
+    return f"{_stock.version()}, imports"
 
 
 def _code(device, properties):
     code = _library.gpu_code(10 * properties.major + properties.minor)
     if code is None:
         return "none in the library"
+    if _library.cuda_error:
+        return f"{code}, in the library that does not load"
     clusters = ops.gpu(torch.device(device).index).has_cluster_code
     return (
         f"{code}{', compiled at the first call' if code.startswith('compute') else ''}, "
@@ -59,7 +62,9 @@ def report(hidden=512, rows=16):
     lines = [
         f"sb_fast_sligru  {__version__}, Python {platform.python_version()}",
         f"torch           {torch.__version__}, CUDA {torch.version.cuda or 'none'}",
-        f"speechbrain     {_version('speechbrain')}",
+        f"speechbrain     {_speechbrain()}",
+        f"package         {os.path.dirname(os.path.abspath(__file__))}",
+        f"libraries       {_library.library_folder}",
         f"built with      torch {built.get('torch', '?')}, CUDA {built.get('cuda') or 'none'}"
         + (f", architectures {built['archs']}" if built.get("cuda") else ""),
         f"CPU library     {_library.cpu_error or 'loaded'}",
@@ -72,7 +77,7 @@ def report(hidden=512, rows=16):
             f"{device:<15} {properties.name}, compute capability "
             f"{properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
         )
-        if not _library.cuda_error:
+        if built.get("cuda"):
             lines.append(f"  its code      {_code(device, properties)}")
     if len(devices) == 1:
         lines.append("GPU             none is visible")

@@ -27,11 +27,11 @@ arXiv 2302.10144 (SLi-GRU).
 """
 
 import torch
-from speechbrain.nnet import RNN as stock
 from torch import distributed, nn
 from torch.nn.utils import parametrize
 
 from . import ops, reference
+from ._stock import RNN as stock
 from .ops._backends import choose, warn_once
 
 __all__ = ["LiGRU", "LiGRU_Layer", "SLiGRU", "SLiGRU_Layer"]

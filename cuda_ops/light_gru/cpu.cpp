@@ -14,7 +14,11 @@
 #include "light_gru/recurrence.h"
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define VECTOR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else  // which cannot choose by level; by the name of a processor it would choose Intel's alone
+#define VECTOR_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#endif
 #else
 #define VECTOR_CLONES
 #endif
