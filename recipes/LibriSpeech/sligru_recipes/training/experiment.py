@@ -25,6 +25,13 @@ from .resume import FITTED_SIZE, check_resume, describe, find_references, resolv
 logger = get_logger(__name__)
 
 GZIP = b"\x1f\x8b"
+LEAST = {
+    "avg_checkpoints": 1,
+    "batch_size": 1,
+    "max_batch_length": 0.1,
+    "num_workers": 0,
+    "number_of_epochs": 0,
+}
 # Keys of paths, and what a shell would have replaced in them: YAML does not, nor does a shell
 # within quotes or after `--KEY=`.
 PATH_KEY = re.compile(r"_(folder|file|csv|log)$|^train_log$")
@@ -125,9 +132,14 @@ def load_hparams(hparams_file, overrides):
     check_values(ruamel.yaml.YAML().load(resolve(hparams_file, copy.deepcopy(overrides))))
     try:
         with open(hparams_file, encoding="utf-8") as file:
-            return load_hyperpyyaml(file, copy.deepcopy(overrides))
+            hparams = load_hyperpyyaml(file, copy.deepcopy(overrides))
     except (ImportError, TypeError) as error:  # the latter with the class as first argument
         raise ValueError(f"{hparams_file}: {', '.join(map(str, error.args))}") from error
+    try:
+        hparams["opt_class"]([torch.nn.Parameter(torch.zeros(1))], lr=hparams["lr"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"opt_class, lr: {error}") from error
+    return hparams
 
 
 def _tag(node):
@@ -151,10 +163,14 @@ def check_values(values):
                 start, _, _ = path[found.end() :].partition("/")
                 if not os.path.exists(path[: found.end()] + start):  # it may be called so
                     raise ValueError(f"{key} {path}: {found[0]} is not expanded here; write it out")
-    for key in ("tokenizer_file", "text_file"):
-        path = values.get(key)
-        if path and not os.path.isfile(path):
-            raise FileNotFoundError(f"{key} {path} does not exist or is no file")
+    for key in ("tokenizer_file", "text_file", "valid_csv", "test_csv"):
+        paths = values.get(key) or []
+        for path in paths if isinstance(paths, list) else [paths]:
+            if not os.path.isfile(path) and os.path.dirname(path) != values["save_folder"]:
+                raise FileNotFoundError(f"{key} {path} does not exist or is no file")
+    for key, least in LEAST.items():
+        if values.get(key, least) < least:
+            raise ValueError(f"{key} must be at least {least}, got {values[key]}")
     text_file = values.get("text_file")
     if text_file:
         with open(text_file, "rb") as file:
@@ -178,8 +194,6 @@ def check_values(values):
                 f"pretrained_folder {pretrained} needs its own tokenizer: "
                 f"set tokenizer_file to {theirs}"
             )
-    if values.get("avg_checkpoints", 1) < 1:
-        raise ValueError(f"avg_checkpoints must be at least 1, got {values['avg_checkpoints']}")
 
 
 @dataclasses.dataclass
