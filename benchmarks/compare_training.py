@@ -41,7 +41,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -55,6 +54,7 @@ from sb_fast_sligru import backend, machine, ops
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes/LibriSpeech"))
 
+from sligru_recipes.processes import end_with_parent
 from sligru_recipes.training.brain import make_brain
 from sligru_recipes.training.ctc import CTC
 from sligru_recipes.training.data import batching, dataio_prepare, prepare_data
@@ -124,7 +124,7 @@ _worker = None
 def start_worker(study, devices):
     """Prepare a process for its runs: one core, one device of a queue, all audio in memory."""
     global _worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -133,11 +133,6 @@ def start_worker(study, devices):
     hparams, _ = load_recipe(study, device, study.folder)
     tokenizer = load_tokenizer(hparams)
     _worker = Worker(study, device, tokenizer, *dataio_prepare(hparams, tokenizer, CTC.targets))
-
-
-def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _in_memory(read):

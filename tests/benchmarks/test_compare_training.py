@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, alive, wait_until
 
 import train_ctc
 from sligru_recipes.corpora.embedded import make_corpus
@@ -57,22 +57,8 @@ def start(corpus, output, *arguments):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def wait_until(condition):
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def children(process):
     return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-
-
-def has_ended(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +67,12 @@ def finished(corpus, tmp_path_factory):
     output = tmp_path_factory.mktemp("study")
     results = output / "results.jsonl"
     process = start(corpus, output)
-    wait_until(lambda: process.poll() is not None or results.is_file())
+    wait_until(lambda: process.poll() is not None or results.is_file(), PATIENCE)
     workers = children(process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert len(workers) >= 2
-    wait_until(lambda: all(map(has_ended, workers)))
+    wait_until(lambda: not any(map(alive, workers)), PATIENCE)
     before = results.read_text()
     with open(results, "a") as file:
         file.write('{"variant": "our')

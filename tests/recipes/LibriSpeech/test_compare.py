@@ -11,8 +11,7 @@ import sys
 import pytest
 import speechbrain.nnet.RNN
 import torch
-from helpers import ROOT
-from processes import alive, wait_until
+from helpers import ROOT, alive, wait_until
 from tiny_runs import held_by_another
 
 import compare_epoch_time

@@ -1,6 +1,5 @@
 """The synthetic corpus and the manifests of LibriSpeech's layout."""
 
-import contextlib
 import csv
 import ctypes
 import functools
@@ -8,7 +7,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from processes import alive, wait_until
+from helpers import alive, small_disk, wait_until
 from speechbrain.dataio.dataio import read_audio
 from speechbrain.dataio.dataset import DynamicItemDataset
 
@@ -65,17 +63,6 @@ def small(corpus, tmp_path):
 
 def utterances(folder):
     return sorted(folder.rglob("*.flac"))
-
-
-@contextlib.contextmanager
-def small_disk(size):
-    """Writing more than `size` bytes to a file fails as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # The generator

@@ -1,16 +1,14 @@
 """From a corpus to the batches of a run: splits, rates, bad files, letters, tokenizer."""
 
-import contextlib
 import logging
 import re
-import resource
 import shutil
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import ROOT
+from helpers import ROOT, small_disk
 from speechbrain.lobes.models.CRDNN import CRDNN
 from tiny_corpora import SPLITS, make_noise
 from tiny_runs import TINY, complaint
@@ -333,17 +331,6 @@ def test_language_model_of_letters_that_its_tokens_lack(noise, tmp_path):
 def test_impossible_coverage_is_named(noise, tmp_path, coverage):
     message = complaint(arguments(noise, tmp_path, f"--character_coverage={coverage}"))
     assert "character_coverage must be above 0 and at most 1" in message
-
-
-@contextlib.contextmanager
-def small_disk(size):
-    """Writing more than `size` bytes to a file fails as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_full_disk_leaves_no_tokenizer(noise, tmp_path, monkeypatch):

@@ -4,12 +4,10 @@ Where it does not matter what is learnt, the corpus is noise: no synthesiser, sh
 utterances of whatever lengths a test needs.
 """
 
-import contextlib
 import copy
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import ROOT
+from helpers import ROOT, small_disk
 from recorded_run import record_run
 from speechbrain.augment.time_domain import Resample
 from tiny_corpora import SPLITS, make_noise
@@ -493,19 +491,8 @@ def test_unknown_key_is_named_by_the_script(own_noise, tmp_path):
     )
 
 
-@contextlib.contextmanager
-def largest_file(size):
-    """The system refuses to write more than `size` bytes to a file, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_full_disk_is_told_at_the_start(own_noise, tmp_path):
-    with largest_file(500_000):
+    with small_disk(500_000):
         message = complaint(bad_input_arguments(own_noise, tmp_path))
     assert "cannot write to save_folder" in message and f"{tmp_path}/output/save" in message
 
@@ -518,7 +505,7 @@ def test_disk_that_fills_up_costs_no_checkpoint(own_noise, tmp_path):
         own_noise, tmp_path / "output/save", *([split] for split in SPLITS), num_workers=0
     )
     train_ctc.main([str(argument) for argument in (*argv, "--number_of_epochs=1")])
-    with largest_file(300_000):  # more than all other files have
+    with small_disk(300_000):  # more than all other files have
         message = complaint([*argv, "--number_of_epochs=2"])
     assert f"no checkpoint could be saved in {tmp_path}/output/save" in message
     train_ctc.main([str(argument) for argument in (*argv, "--number_of_epochs=2")])

@@ -21,8 +21,8 @@ from tiny_runs import TINY, complaint, held_by_another
 
 import train_ctc
 from sligru_recipes.corpora.librispeech import prepare_librispeech
+from sligru_recipes.lock import lock_folder
 from sligru_recipes.training.brain import RecipeBrain
-from sligru_recipes.training.lock import lock_folder
 
 pytestmark = pytest.mark.usefixtures("environment_described_once", "one_thread")
 

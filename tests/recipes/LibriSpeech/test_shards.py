@@ -16,7 +16,7 @@ from speechbrain.dataio.dataio import read_audio
 from sligru_recipes.corpora import shards
 from sligru_recipes.corpora.embedded import make_corpus
 from sligru_recipes.corpora.librispeech import prepare_librispeech
-from sligru_recipes.training.lock import lock_folder
+from sligru_recipes.lock import lock_folder
 
 SPLIT = "train-clean-100"
 

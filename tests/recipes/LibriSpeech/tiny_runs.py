@@ -9,8 +9,8 @@ import pytest
 from helpers import ROOT
 
 import train_ctc
+from sligru_recipes.lock import lock_folder
 from sligru_recipes.training.experiment import run_script
-from sligru_recipes.training.lock import lock_folder
 
 YAML = ROOT / "hparams/librispeech_ctc.yaml"
 MINI = ROOT / "hparams/librispeech_ctc_mini.yaml"

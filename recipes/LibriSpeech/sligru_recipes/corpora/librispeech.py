@@ -18,7 +18,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +30,7 @@ from speechbrain.utils.parallel import get_available_cpu_count, parallel_map
 from tqdm import tqdm
 
 from ..files import write_text
+from ..libsndfile import find_cut
 from ..processes import end_with_parent
 
 SAMPLE_RATE = 16000  # of LibriSpeech, Hz
@@ -40,9 +40,7 @@ EXTENSIONS = (".flac", ".wav")  # the first is preferred
 # SPLIT.csv of a split of such a name would be another file of `save_folder`.
 TAKEN_NAMES = ("train", "noise")
 BLOCK = 2**20  # samples that are decoded at a time
-# How libsndfile notes that a WAV file ends before its header says, ...
-CUT_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
-# ... and from where on what it says means that the writer, to a pipe, did not know.
+# From where on the size in a WAV file's header means that the writer, to a pipe, did not know it.
 UNKNOWN_SIZE = 0x7FFFF000  # bytes
 
 logger = logging.getLogger(__name__)
@@ -385,9 +383,9 @@ def _check_content(audio):
         return f"{audio.channels} channels, expected 1"
     if audio.frames == 0:
         return "it has no samples"
-    cut = CUT_WAV.search(audio.extra_info)
-    if cut and int(cut[2]) < int(cut[1]) < UNKNOWN_SIZE:
-        return f"truncated: its header promises {cut[1]} bytes of audio, it has {cut[2]}"
+    promised, found = find_cut(audio.extra_info)
+    if found < promised < UNKNOWN_SIZE:
+        return f"truncated: its header promises {promised} bytes of audio, it has {found}"
     truncated = f"truncated: its header promises {audio.frames} samples"
     try:
         audio.seek(audio.frames - 1)

@@ -20,7 +20,7 @@ from speechbrain.dataio import dataio
 from tqdm import tqdm
 
 from ..files import replacing
-from ..training.lock import lock_folder
+from ..lock import lock_folder
 
 SHARD_BYTES = 2**30
 DIGEST_LENGTH = 12  # hexadecimal digits

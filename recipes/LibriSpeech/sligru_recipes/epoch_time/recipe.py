@@ -11,10 +11,10 @@ from speechbrain.utils.distributed import infer_device
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from ..corpora import simulated
+from ..lock import lock_folder
 from ..training.ctc import CTC
 from ..training.data import batching, dataio_prepare, prepare_data
 from ..training.experiment import load_hparams, parse_arguments
-from ..training.lock import lock_folder
 from ..training.seq2seq import Seq2Seq
 from ..training.tokenizer import load_tokenizer
 

@@ -2,11 +2,12 @@
 
 import itertools
 import os
-import re
 from pathlib import Path
 
 import soundfile
 import torch
+
+from ..libsndfile import find_cut
 
 EXTENSIONS = (".wav", ".flac")
 FULL_SCALE = 100.0  # louder than this, where 1 is full scale: damaged, or integers as floats
@@ -113,15 +114,9 @@ def read_audio(file, normalizer):
 
 
 def _check_size(log):
-    # libsndfile reads what is there of a WAV, AIFF, AU or W64 file, and notes in its log what the
-    # header promised. (The size of a WAV's RIFF says less: sloppy writers get it wrong.)
-    found = re.search(
-        r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", log, re.MULTILINE
-    )
-    if found:
-        promised, there = map(int, found.groups())
-        if there + 1 < promised < UNKNOWN_SIZE:  # one may be padding
-            raise ValueError(f"truncated: {there} bytes where its header promises {promised}")
+    promised, there = find_cut(log)  # libsndfile reads what is there
+    if there + 1 < promised < UNKNOWN_SIZE:  # one may be padding
+        raise ValueError(f"truncated: {there} bytes where its header promises {promised}")
 
 
 def cut_at_pauses(signal, sample_rate, longest):
