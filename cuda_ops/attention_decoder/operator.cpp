@@ -8,6 +8,7 @@
 #include "attention_decoder/operator.h"
 
 #include "attention_decoder/sweep.h"
+#include "common/cpu_product.h"
 
 namespace sb_fast_sligru::attention_decoder {
 namespace {
@@ -23,6 +24,29 @@ struct CpuSteps {
   void backward_energies(const BackwardStep& p, int64_t t) const { cpu::backward_energies(p, t); }
   void backward_query(const BackwardStep& p, int64_t t) const { cpu::backward_query(p, t); }
   void backward_cell(const BackwardStep& p, int64_t t) const { cpu::backward_cell(p, t); }
+  // Rows of b have unit stride.
+  Tensor operand(const Tensor& b) const { return torch::stable::contiguous(b); }
+  void multiply(const Tensor& a, const Tensor& b, const Tensor& out) const {
+    const bool batches = a.dim() == 3;
+    const int64_t row = a.dim() - 2, column = row + 1;
+    sb_fast_sligru::cpu::Product p = {};
+    p.type = dtype_of(out.scalar_type());
+    p.batches = batches ? a.size(0) : 1;
+    p.rows = a.size(row);
+    p.columns = b.size(column);
+    p.depth = a.size(column);
+    p.x = a.const_data_ptr();
+    p.x_batch = batches ? a.stride(0) : 0;
+    p.x_row = a.stride(row);
+    p.x_depth = a.stride(column);
+    p.w = b.const_data_ptr();
+    p.w_batch = batches ? b.stride(0) : 0;
+    p.w_depth = b.stride(row);
+    p.out = out.mutable_data_ptr();
+    p.out_batch = batches ? out.stride(0) : 0;
+    p.out_row = out.stride(row);
+    sb_fast_sligru::cpu::multiply(p);
+  }
   void sum_rows(const Tensor& rows, const Tensor& sums) const {
     cpu::sum_rows(dtype_of(rows.scalar_type()), rows.const_data_ptr(), rows.size(0), rows.size(1),
                   sums.mutable_data_ptr());

@@ -1,6 +1,6 @@
 // Both passes over the tokens: products between the element kernels of decoder.h. A backend is a
-// class `Steps` with those kernels (CpuSteps in operator.cpp). All tensors here are contiguous and
-// of one type.
+// class `Steps` with those kernels, multiply(a, b, out), of matrices or of batches of them, and
+// operand(b), b as multiply reads it (CpuSteps in operator.cpp). All tensors here are of one type.
 //
 // Memory: the forward keeps what it returns; the backward recomputes gates and queries with one
 // product over all tokens, and tanh s step by step, so nothing has the axes [N, B, L, A]. Gradients
@@ -53,14 +53,16 @@ Outputs forward_sweep(const Inputs& in, const Steps& steps) {
   if (in.empty()) return {h, context, attention};
 
   const Tensor location_rows = torch::stable::contiguous(transposed(in.w_location));
-  const Tensor input = new_zeros(in.wx, {B, 3 * H}, type),
-               recurrent = new_zeros(in.wx, {B, 3 * H}, type),
+  const Tensor nothing = new_zeros(in.wx, {B, H}, type), masked = new_zeros(in.wx, {B, C}, type),
+               input = new_empty(in.wx, {B, 3 * H}, type),
+               recurrent = new_empty(in.wx, {B, 3 * H}, type),
                query = new_empty(in.wx, {B, in.attention()}, type),
                energies = new_empty(in.wx, {B, in.frames()}, type),
-               summary = new_empty(in.wx, {B, in.value()}, type),
-               masked = new_empty(in.wx, {B, C}, type);
-  const Tensor w_context_t = transposed(in.w_context), u_t = transposed(in.u),
-               w_query_t = transposed(in.w_query), w_out_t = transposed(in.w_out);
+               summary = new_empty(in.wx, {B, in.value()}, type);
+  const Tensor w_context_t = steps.operand(transposed(in.w_context)),
+               u_t = steps.operand(transposed(in.u)),
+               w_query_t = steps.operand(transposed(in.w_query)),
+               w_out_t = steps.operand(transposed(in.w_out));
   ForwardStep p = {};
   p.decoder = describe_decoder(in, location_rows);
   p.input = input.const_data_ptr();
@@ -74,15 +76,14 @@ Outputs forward_sweep(const Inputs& in, const Steps& steps) {
   p.masked = masked.mutable_data_ptr();
   for (int64_t t = 0; t < N; ++t) {
     const Tensor h_t = torch::stable::select(h, 1, t);
-    if (t > 0) {
-      multiply(masked, w_context_t, input);
-      multiply(torch::stable::select(h, 1, t - 1), u_t, recurrent);
-    }
+    // Also with the zeros before the first token: times a weight that is not finite, they are NaN.
+    steps.multiply(masked, w_context_t, input);
+    steps.multiply(t > 0 ? torch::stable::select(h, 1, t - 1) : nothing, u_t, recurrent);
     steps.cell(p, t);
-    multiply(h_t, w_query_t, query);
+    steps.multiply(h_t, w_query_t, query);
     steps.energies(p, t);
     steps.attend(p, t);
-    multiply(summary, w_out_t, torch::stable::select(context, 1, t));
+    steps.multiply(summary, w_out_t, torch::stable::select(context, 1, t));
     steps.finish_context(p, t);
   }
   return {h, context, attention};
@@ -134,9 +135,9 @@ Gradients backward_sweep(const Inputs& in, const Saved& saved, Needs needs, cons
   gather.previous = previous.mutable_data_ptr();
   gather.masked = masked.mutable_data_ptr();
   steps.gather_previous(gather);
-  multiply(all_tokens(masked), transposed(in.w_context), all_tokens(input));
-  multiply(all_tokens(previous), transposed(in.u), all_tokens(recurrent));
-  multiply(all_tokens(saved.h), transposed(in.w_query), all_tokens(query));
+  steps.multiply(all_tokens(masked), steps.operand(transposed(in.w_context)), all_tokens(input));
+  steps.multiply(all_tokens(previous), steps.operand(transposed(in.u)), all_tokens(recurrent));
+  steps.multiply(all_tokens(saved.h), steps.operand(transposed(in.w_query)), all_tokens(query));
 
   // What one pass of the loop hands to the next, and what the products after it read.
   const Tensor input_carry = empty({B, C}), hidden_carry = zeros_if(true, {B, H}),
@@ -179,23 +180,23 @@ Gradients backward_sweep(const Inputs& in, const Saved& saved, Needs needs, cons
   p.filters = pointer_if(needs.alignment, filters_part);
   for (int64_t t = N - 1; t >= 0; --t) {
     steps.backward_context(p, t);
-    multiply(torch::stable::select(grad_context, 1, t), in.w_out,
-             torch::stable::select(grad_summary, 1, t));
+    steps.multiply(torch::stable::select(grad_context, 1, t), in.w_out,
+                   torch::stable::select(grad_summary, 1, t));
     steps.backward_attention(p, t);
     steps.backward_energies(p, t);
     steps.backward_query(p, t);
-    multiply(torch::stable::select(grad_query, 1, t), in.w_query, hidden_part);
+    steps.multiply(torch::stable::select(grad_query, 1, t), in.w_query, hidden_part);
     steps.backward_cell(p, t);
     if (t > 0) {
-      multiply(torch::stable::select(grad_recurrent, 1, t), in.u, hidden_carry);
-      multiply(torch::stable::select(grad_input, 1, t), in.w_context, input_carry);
+      steps.multiply(torch::stable::select(grad_recurrent, 1, t), in.u, hidden_carry);
+      steps.multiply(torch::stable::select(grad_input, 1, t), in.w_context, input_carry);
     }
   }
 
   if (needs.values)
-    multiply_batches(torch::stable::transpose(saved.attention, 1, 2), grad_summary, grad_values);
-  auto product_over_tokens = [](const Tensor& gradient, const Tensor& operand, const Tensor& out) {
-    multiply(transposed(all_tokens(gradient)), all_tokens(operand), out);
+    steps.multiply(torch::stable::transpose(saved.attention, 1, 2), grad_summary, grad_values);
+  auto product_over_tokens = [&](const Tensor& gradient, const Tensor& operand, const Tensor& out) {
+    steps.multiply(transposed(all_tokens(gradient)), all_tokens(operand), out);
   };
   if (needs.cell) {
     product_over_tokens(grad_input, masked, grad_w_context);
@@ -214,7 +215,7 @@ Gradients backward_sweep(const Inputs& in, const Saved& saved, Needs needs, cons
   }
   if (needs.out) {
     const Tensor summary = empty({B, N, V});
-    multiply_batches(saved.attention, in.values, summary);
+    steps.multiply(saved.attention, in.values, summary);
     product_over_tokens(grad_context, summary, grad_w_out);
     steps.sum_rows(all_tokens(grad_context), grad_b_out);
   }

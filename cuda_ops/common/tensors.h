@@ -81,15 +81,6 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   }
 }
 
-// out[i] = a[i] b[i], of one dtype.
-inline void multiply_batches(const Tensor& a, const Tensor& b, const Tensor& out) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference back
-}
-
 inline Tensor sum_rows(const Tensor& t, bool keepdim = false) {
   const std::vector<int64_t> first_axis{0};
   return torch::stable::sum(t, torch::headeronly::IntHeaderOnlyArrayRef(first_axis), keepdim);

@@ -48,9 +48,9 @@ def attention_decoder(
     (batch, tokens), frames = wx.shape[:2], keys.shape[1]
     if batch == 0 or tokens == 0:
         # Nothing to scan; the empty results still belong to the graph of their inputs.
-        given = [t for t in (keys, values, w_context, u, w_query, filters, w_location) if t.numel()]
-        given += [t for t in (v, w_out, b_out, u_bias) if t is not None]
-        zero = wx.sum() + sum(t.sum() * 0 for t in given)
+        given = [wx, keys, values, w_context, u, w_query, filters, w_location, v, w_out, b_out]
+        given += [] if u_bias is None else [u_bias]
+        zero = sum((t * 0).sum() for t in given)
         widths = (u.shape[1], w_out.shape[0], frames)
         return tuple((wx.new_empty(batch, tokens, w) + zero).to(u.dtype) for w in widths)
 
