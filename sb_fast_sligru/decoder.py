@@ -98,7 +98,11 @@ class AttentionalRNNDecoder(stock.AttentionalRNNDecoder):
 
         attn, cell = self.attn, self.rnn.rnn_cells[0]
         attn.reset()
-        features = inp_tensor.shape[2]
+        features = cell.weight_ih.shape[1] - self.attn_dim
+        if inp_tensor.shape[2] != features:
+            raise ValueError(
+                f"inp_tensor must have {features} features, but has {inp_tensor.shape[2]}"
+            )
         mask = self._draw_mask(inp_tensor)
         context_mask = None
         if mask is not None:

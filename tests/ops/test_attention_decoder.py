@@ -228,7 +228,7 @@ def test_sharp_attention(scale):
 
 def test_random_calls(capsys):
     """Sizes, lengths, layouts, missing tensors and precisions drawn anew in every run."""
-    for random in draw_cases(capsys, "attention decoder", 150):
+    for random in draw_cases(capsys, "attention decoder", 500):
         low = [random.choice(list(PRECISIONS))] if random.random() < 0.3 else []
         tops = (4, 8, 140, 20, 30, 20, 20, 11, 12)
         shape = [random.randint(1, top) for top in tops]
