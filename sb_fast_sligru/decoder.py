@@ -214,12 +214,19 @@ def build(decoder_class, **arguments):
     -------
     torch.nn.Module
 
+    Raises
+    ------
+    ValueError
+        If `decoder_class` is not a class of modules.
+
     Example
     -------
     >>> sizes = {"hidden_size": 7, "attn_dim": 5, "num_layers": 1, "enc_dim": 20, "input_size": 6}
     >>> build(AttentionalRNNDecoder, rnn_type="gru", attn_type="content", **sizes).hidden_size
     7
     """
+    if not (isinstance(decoder_class, type) and issubclass(decoder_class, nn.Module)):
+        raise ValueError(f"decoder_class must be a class of modules, but is {decoder_class!r}")
     return decoder_class(**arguments)
 
 

@@ -661,6 +661,9 @@ def test_searchers_after_training():
 def test_build():
     for cls in (stock.AttentionalRNNDecoder, sb_fast_sligru.AttentionalRNNDecoder):
         assert type(decoder.build(cls, **SIZES)) is cls
+    for other in (print, "AttentionalRNNDecoder", dict):
+        with pytest.raises(ValueError, match="decoder_class must be a class of modules, but is"):
+            decoder.build(other)
 
 
 # Bad input -------------------------------------------------------------------------------------
