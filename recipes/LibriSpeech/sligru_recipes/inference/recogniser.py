@@ -125,7 +125,11 @@ def _check_tags(path, text):
         is_tuple = tag == "!tuple" or (tag == "str" and node.value.startswith("("))
         if is_tuple and "!" in node.value:
             tag = node.value[node.value.index("!") :].split()[0]
-        elif is_tuple or tag in PLAIN | CALLED | {"!ref"} or (kind in ("!new", "!name") and name in KNOWN):
+        elif (
+            is_tuple
+            or tag in PLAIN | CALLED | {"!ref"}
+            or (kind in ("!new", "!name") and name in KNOWN)
+        ):
             continue
         raise ValueError(
             f"{path} has the tag {tag} in line {node.start_mark.line + 1}, which the recipes do "
