@@ -6,7 +6,7 @@
 namespace sb_fast_sligru::cpu {
 namespace {
 
-constexpr int64_t kVectorBytes = 64, kTileVectors = 2, kTileRows = 4;
+constexpr int64_t kVectorBytes = 64, kTileRows = 8;
 constexpr int64_t kTaskRows = 64;  // of a column of tiles, which one thread computes
 
 template <class T>
@@ -16,25 +16,31 @@ struct VectorOf {
 
 template <class T>
 constexpr int64_t tile_columns() {
-  return kTileVectors * kVectorBytes / static_cast<int64_t>(sizeof(T));
+  return kVectorBytes / static_cast<int64_t>(sizeof(T));
 }
 
-// Rows x whole tile of columns: the sums stay in registers.
+// kRows x a whole tile of columns: the sums stay in registers.
 template <class T, int kRows>
 SLIGRU_HD void whole_tile(const Product& p, const T* x, const T* w, T* out) {
   using Vector = typename VectorOf<T>::type;
-  Vector sums[kRows][kTileVectors] = {};
+  Vector sums[kRows] = {};
   for (int64_t k = 0; k < p.depth; ++k) {
-    Vector operand[kTileVectors];
-    std::memcpy(operand, w + k * p.w_depth, sizeof(operand));
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const T scale = x[r * p.x_row + k * p.x_depth];
-#pragma GCC unroll 2
-      for (int i = 0; i < kTileVectors; ++i) sums[r][i] += scale * operand[i];
-    }
+    Vector operand;
+    std::memcpy(&operand, w + k * p.w_depth, sizeof(operand));
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sums[r] += x[r * p.x_row + k * p.x_depth] * operand;
   }
-  for (int r = 0; r < kRows; ++r) std::memcpy(out + r * p.out_row, sums[r], sizeof(sums[r]));
+  for (int r = 0; r < kRows; ++r) std::memcpy(out + r * p.out_row, &sums[r], sizeof(sums[r]));
+}
+
+// As many rows at once as are left.
+template <class T, int kRows>
+SLIGRU_HD void whole_tiles(const Product& p, const T* x, const T* w, int64_t rows, T* out) {
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows)
+    whole_tile<T, kRows>(p, x + row * p.x_row, w, out + row * p.out_row);
+  if constexpr (kRows > 1)
+    whole_tiles<T, kRows / 2>(p, x + row * p.x_row, w, rows - row, out + row * p.out_row);
 }
 
 template <class T>
@@ -66,18 +72,17 @@ SLIGRU_HD void product_tasks(const Product& p, const ProductTasks& tasks, int64_
     const int64_t batch = task / (tasks.down * tasks.across),
                   column = task % tasks.across * tile_columns<T>(),
                   first = task / tasks.across % tasks.down * kTaskRows;
-    const int64_t last = std::min(first + kTaskRows, p.rows),
+    const int64_t rows = std::min(kTaskRows, p.rows - first),
                   columns = std::min(tile_columns<T>(), p.columns - column);
-    const T* x = at<T>(p.x, batch * p.x_batch);
+    const T* x = at<T>(p.x, batch * p.x_batch + first * p.x_row);
     const T* w = at<T>(p.w, batch * p.w_batch + column);
-    T* out = at<T>(p.out, batch * p.out_batch + column);
-    int64_t row = first;
+    T* out = at<T>(p.out, batch * p.out_batch + first * p.out_row + column);
     if (columns == tile_columns<T>()) {
-      for (; row + kTileRows <= last; row += kTileRows)
-        whole_tile<T, kTileRows>(p, x + row * p.x_row, w, out + row * p.out_row);
-      for (; row < last; ++row) whole_tile<T, 1>(p, x + row * p.x_row, w, out + row * p.out_row);
+      whole_tiles<T, kTileRows>(p, x, w, rows, out);
+    } else {
+      for (int64_t row = 0; row < rows; ++row)
+        part_of_tile(p, x + row * p.x_row, w, columns, out + row * p.out_row);
     }
-    for (; row < last; ++row) part_of_tile(p, x + row * p.x_row, w, columns, out + row * p.out_row);
   }
 }
 
