@@ -11,6 +11,9 @@ namespace {
 
 using namespace sb_fast_sligru::cpu;
 
+// So many multiply-adds cost about as much as a unit with its elementary functions: what is less
+// work than a thread is worth (cpu_loops.h) stays with one.
+constexpr int64_t kMultiplyAdds = 64;
 constexpr int64_t kBlock = 16;  // frames whose ds are kept together, near the first-level cache
 
 // out[j] += sum_i scale[i * scale_stride] rows[i * row_stride + j]; rows may overlap.
@@ -428,7 +431,7 @@ void energies(const ForwardStep& p, int64_t token) {
 
 void attend(const ForwardStep& p, int64_t token) {
   const Decoder& d = p.decoder;
-  run(p, token, d.batch, d.frames * d.value / 4, attend_float, attend_double);
+  run(p, token, d.batch, d.frames * d.value / kMultiplyAdds, attend_float, attend_double);
 }
 
 void finish_context(const ForwardStep& p, int64_t token) {
@@ -450,7 +453,7 @@ void backward_context(const BackwardStep& p, int64_t token) {
 
 void backward_attention(const BackwardStep& p, int64_t token) {
   const Decoder& d = p.decoder;
-  run(p, token, d.items(), kFrames * d.value / 4, backward_attention_float,
+  run(p, token, d.items(), kFrames * d.value / kMultiplyAdds, backward_attention_float,
       backward_attention_double);
 }
 

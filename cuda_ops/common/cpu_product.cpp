@@ -101,8 +101,10 @@ void product_tasks_double(const Product& p, const ProductTasks& tasks, int64_t b
 void multiply(const Product& p) {
   const bool wide = p.type == DType::kFloat64;
   const ProductTasks tasks = wide ? ProductTasks::of<double>(p) : ProductTasks::of<float>(p);
-  // Sixteen of these cost about as much as an element of other kernels.
-  const int64_t elements = std::min(p.rows, kTaskRows) * p.depth * tile_columns<float>() / 16;
+  // So many multiply-adds cost about as much as an element of other kernels.
+  constexpr int64_t kMultiplyAdds = 256;
+  const int64_t columns = wide ? tile_columns<double>() : tile_columns<float>();
+  const int64_t elements = std::min(p.rows, kTaskRows) * p.depth * columns / kMultiplyAdds;
   for_rows(0, tasks.count, elements, [&](int64_t begin, int64_t end) {
     wide ? product_tasks_double(p, tasks, begin, end) : product_tasks_float(p, tasks, begin, end);
   });
