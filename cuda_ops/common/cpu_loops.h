@@ -59,20 +59,22 @@ SLIGRU_HD void copy_or_fill(const T* from, T value, int64_t n, T* to) {
 // rounding), because libm's are calls and stop a loop from vectorising. Comparisons with NaN are
 // false, so NaN stays NaN.
 
-// exp(x) = (1 + fraction) * scale for |x| <= 87; beyond that, of the nearer end.
+// exp(x) = (1 + fraction) * scale, for |x| <= 87.
 struct ExpParts {
   float fraction, scale;
 };
+
+SLIGRU_HD float within_exp(float x) {
+  const float low = x > 87.0f ? 87.0f : x;
+  return low < -87.0f ? -87.0f : low;
+}
 
 SLIGRU_HD ExpParts exp_parts(float x) {
   constexpr float kLog2E = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   constexpr float kRound =
       12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
-  float v = x;
-  v = v > 87.0f ? 87.0f : v;
-  v = v < -87.0f ? -87.0f : v;
-  const float k = (v * kLog2E + kRound) - kRound;
-  const float f = (v - k * kLn2High) - k * kLn2Low;
+  const float k = (x * kLog2E + kRound) - kRound;
+  const float f = (x - k * kLn2High) - k * kLn2Low;
   float p = 1.9875691500e-4f;
   p = p * f + 1.3981999507e-3f;
   p = p * f + 8.3334519073e-3f;
@@ -89,7 +91,7 @@ SLIGRU_HD ExpParts exp_parts(float x) {
 SLIGRU_HD double exp_of_negative(double x) { return std::exp(x); }
 
 SLIGRU_HD float exp_of_negative(float x) {
-  const ExpParts e = exp_parts(x);
+  const ExpParts e = exp_parts(within_exp(x));
   const float value = (e.fraction + 1.0f) * e.scale;
   return x < -87.0f ? 0.0f : value;
 }
@@ -98,7 +100,7 @@ SLIGRU_HD float exp_of_negative(float x) {
 SLIGRU_HD double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
 SLIGRU_HD float sigmoid(float x) {
-  const ExpParts e = exp_parts(-x);
+  const ExpParts e = exp_parts(within_exp(-x));
   return 1.0f / (1.0f + (e.fraction + 1.0f) * e.scale);
 }
 
