@@ -45,6 +45,31 @@ SLIGRU_HD T dot(const T* x, const T* y, int64_t n) {
   return sum;
 }
 
+// out[i * out_stride] = rows[i * row_stride + ...] . x
+template <class T>
+SLIGRU_HD void dot_rows(const T* rows, int64_t row_stride, const T* x, int64_t count, int64_t n,
+                        T* out, int64_t out_stride) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    const T *r0 = rows + i * row_stride, *r1 = r0 + row_stride, *r2 = r1 + row_stride,
+            *r3 = r2 + row_stride;
+    T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t j = 0; j < n; ++j) {
+      s0 += r0[j] * x[j];
+      s1 += r1[j] * x[j];
+      s2 += r2[j] * x[j];
+      s3 += r3[j] * x[j];
+    }
+    T* to = out + i * out_stride;
+    to[0] = s0;
+    to[out_stride] = s1;
+    to[2 * out_stride] = s2;
+    to[3 * out_stride] = s3;
+  }
+  for (; i < count; ++i) out[i * out_stride] = dot(rows + i * row_stride, x, n);
+}
+
 // The frames of an item that lie within the length of its row.
 struct Frames {
   int64_t row, begin, count;
@@ -233,9 +258,10 @@ SLIGRU_HD void backward_attention_range(const BackwardStep& p, int64_t token, in
     const T* outside =
         at<T>(p.grad_attention, (frames.row * d.tokens + token) * d.frames + frames.begin);
     T* part = at<T>(p.attention_part, frames.row * d.frames + frames.begin);
-    for (int64_t l = 0; l < frames.count; ++l) {
-      const T* value = at<T>(d.values, (frames.row * d.frames + frames.begin + l) * d.value);
-      part[l] = dot(value, summary, d.value) + (outside == nullptr ? T(0) : outside[l]);
+    const T* values = at<T>(d.values, (frames.row * d.frames + frames.begin) * d.value);
+    dot_rows(values, d.value, summary, frames.count, d.value, part, 1);
+    if (outside != nullptr) {
+      for (int64_t l = 0; l < frames.count; ++l) part[l] += outside[l];
     }
   }
 }
@@ -245,9 +271,10 @@ SLIGRU_HD void backward_energies_range(const BackwardStep& p, int64_t token, int
                                        int64_t end) {
   const Decoder& d = p.decoder;
   const int64_t A = d.attention, taps = d.padded_taps(), size = d.channels * kFrames;
-  std::vector<T> scratch(kFrames + taps + 2 * size + kFrames + kBlock * A);
+  std::vector<T> scratch(kFrames + taps + 2 * size + kFrames + A + kBlock * A);
   T *window = scratch.data(), *features = window + kFrames + taps, *grad_features = features + size,
-    *grad_energies = grad_features + size, *block = grad_energies + kFrames;  // block: s, then ds
+    *grad_energies = grad_features + size, *unwanted = grad_energies + kFrames,
+    *block = unwanted + A;  // s, then ds
   const T *v = at<T>(d.v, 0), *weights = at<T>(d.w_location, 0);
   for (int64_t item = begin; item < end; ++item) {
     const Frames frames(d, item);
@@ -266,28 +293,19 @@ SLIGRU_HD void backward_energies_range(const BackwardStep& p, int64_t token, int
           T(d.scaling) * attention[frames.begin + l] * (part[frames.begin + l] - mean);
 
     const T* query = at<T>(p.query, (frames.row * d.tokens + token) * A);
-    T* grad_v = at<T>(p.v, item * A);
+    T* grad_v = p.v == nullptr ? unwanted : at<T>(p.v, item * A);
     for (int64_t first = 0; first < frames.count; first += kBlock) {
       const int64_t count = std::min(kBlock, frames.count - first);
       for (int64_t i = 0; i < count; ++i) {
         T* s = block + i * A;
         activations(d, query, frames, first + i, features, s);
         const T grad_energy = grad_energies[first + i];
-        if (grad_v != nullptr) {
 #pragma omp simd
-          for (int64_t j = 0; j < A; ++j) {
-            const T y = tanh(s[j]);
-            grad_v[j] += grad_energy * y;
-            s[j] = grad_energy * v[j] * (T(1) - y * y);
-            sums[j] += s[j];
-          }
-        } else {
-#pragma omp simd
-          for (int64_t j = 0; j < A; ++j) {
-            const T y = tanh(s[j]);
-            s[j] = grad_energy * v[j] * (T(1) - y * y);
-            sums[j] += s[j];
-          }
+        for (int64_t j = 0; j < A; ++j) {
+          const TanhParts<T> y = tanh_parts(s[j]);
+          grad_v[j] += grad_energy * y.value;
+          s[j] = grad_energy * v[j] * y.slope;
+          sums[j] += s[j];
         }
         T* key = at<T>(p.keys, (frames.row * d.frames + frames.begin + first + i) * A);
         if (key != nullptr) {
@@ -295,8 +313,7 @@ SLIGRU_HD void backward_energies_range(const BackwardStep& p, int64_t token, int
           for (int64_t j = 0; j < A; ++j) key[j] += s[j];
         }
         if (p.filters != nullptr) {
-          for (int64_t g = 0; g < d.channels; ++g)
-            grad_features[g * kFrames + first + i] = dot(s, weights + g * A, A);
+          dot_rows(weights, A, s, d.channels, A, grad_features + first + i, kFrames);
         }
       }
       if (p.w_location != nullptr) {
@@ -351,10 +368,10 @@ SLIGRU_HD void backward_cell_range(const BackwardStep& p, int64_t token, int64_t
       const T g = recurrent[2 * H + j] + bias[2 * H + j];
       const T r = sigmoid(wx[j] + input[j] + (recurrent[j] + bias[j]));
       const T z = sigmoid(wx[H + j] + input[H + j] + (recurrent[H + j] + bias[H + j]));
-      const T n = tanh(wx[2 * H + j] + input[2 * H + j] + r * g);
+      const TanhParts<T> n = tanh_parts(wx[2 * H + j] + input[2 * H + j] + r * g);
       const T dh = outside[j] + hidden_part[j] + (base[j] + carry[j]);
-      const T dn = dh * (T(1) - z) * (T(1) - n * n);
-      const T dz = dh * (previous[j] - n) * z * (T(1) - z);
+      const T dn = dh * (T(1) - z) * n.slope;
+      const T dz = dh * (previous[j] - n.value) * z * (T(1) - z);
       const T dr = dn * g * r * (T(1) - r);
       di[j] = dg[j] = dr;
       di[H + j] = dg[H + j] = dz;

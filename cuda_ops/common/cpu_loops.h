@@ -104,16 +104,31 @@ SLIGRU_HD float sigmoid(float x) {
   return 1.0f / (1.0f + (e.fraction + 1.0f) * e.scale);
 }
 
-// tanh(|x|) = y / (y + 2) with y = exp(2 |x|) - 1, which near 0 is the fraction itself: small
-// numbers keep their digits.
-SLIGRU_HD double tanh(double x) { return std::tanh(x); }
+// tanh(x) and its derivative. With y = exp(2 |x|) - 1, which near 0 is the fraction itself:
+// tanh(|x|) = y / (y + 2), and 1 - tanh^2(x) = 4 (y + 1) / (y + 2)^2. Small numbers keep their digits,
+// and so does a small derivative, where 1 - tanh^2 would have none.
+template <class T>
+struct TanhParts {
+  T value, slope;
+};
 
-SLIGRU_HD float tanh(float x) {
+SLIGRU_HD TanhParts<double> tanh_parts(double x) {
+  const double y = std::tanh(x);
+  return {y, 1.0 - y * y};
+}
+
+SLIGRU_HD TanhParts<float> tanh_parts(float x) {
   const float magnitude = std::fabs(x);
-  const float doubled = magnitude > 10.0f ? 20.0f : 2.0f * magnitude;
+  const float doubled = magnitude > 40.0f ? 80.0f : 2.0f * magnitude;
   const ExpParts e = exp_parts(doubled);
   const float y = e.fraction * e.scale + (e.scale - 1.0f);
-  return std::copysign(y / (y + 2.0f), x);
+  const float factor = 1.0f / (y + 2.0f);
+  return {std::copysign(y * factor, x), 4.0f * ((y + 1.0f) * factor) * factor};
+}
+
+template <class T>
+SLIGRU_HD T tanh(T x) {
+  return tanh_parts(x).value;
 }
 
 }  // namespace sb_fast_sligru::cpu
