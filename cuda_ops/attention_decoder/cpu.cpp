@@ -182,10 +182,9 @@ SLIGRU_HD void attend_range(const ForwardStep& p, int64_t token, int64_t begin, 
     }
     const T rest = length < d.frames ? exp_of_negative(outside - largest) : T(0);
     total += T(d.frames - length) * rest;
-    const T factor = T(1) / total;
 #pragma omp simd
-    for (int64_t l = 0; l < length; ++l) attention[l] *= factor;
-    std::fill(attention + length, attention + d.frames, rest * factor);
+    for (int64_t l = 0; l < length; ++l) attention[l] /= total;
+    std::fill(attention + length, attention + d.frames, rest / total);
 
     T* summary = at<T>(p.summary, row * d.value);
     std::fill(summary, summary + d.value, T(0));

@@ -105,8 +105,8 @@ SLIGRU_HD float sigmoid(float x) {
 }
 
 // tanh(x) and its derivative. With y = exp(2 |x|) - 1, which near 0 is the fraction itself:
-// tanh(|x|) = y / (y + 2), and 1 - tanh^2(x) = 4 (y + 1) / (y + 2)^2. Small numbers keep their digits,
-// and so does a small derivative, where 1 - tanh^2 would have none.
+// tanh(|x|) = y / (y + 2) = 1 - 2 / (y + 2), and 1 - tanh^2(x) = 4 (y + 1) / (y + 2)^2. Small numbers
+// keep their digits, and so does a small derivative, where 1 - tanh^2 would have none.
 template <class T>
 struct TanhParts {
   T value, slope;
@@ -123,7 +123,8 @@ SLIGRU_HD TanhParts<float> tanh_parts(float x) {
   const ExpParts e = exp_parts(doubled);
   const float y = e.fraction * e.scale + (e.scale - 1.0f);
   const float factor = 1.0f / (y + 2.0f);
-  return {std::copysign(y * factor, x), 4.0f * ((y + 1.0f) * factor) * factor};
+  const float value = magnitude < 0.5f ? y * factor : 1.0f - 2.0f * factor;
+  return {std::copysign(value, x), 4.0f * ((y + 1.0f) * factor) * factor};
 }
 
 template <class T>
