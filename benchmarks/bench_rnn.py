@@ -549,6 +549,12 @@ def describe_machine():
     }
 
 
+def file_stem(here, on_gpu):
+    """What the files of results are called: after the GPU or the CPU."""
+    name = here["gpu"] if on_gpu else "cpu " + re.sub(r"\((R|TM)\)", "", here["cpu"])
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def versions():
     return {
         "python": platform.python_version(),
@@ -652,8 +658,7 @@ def run(options):
 
     here = describe_machine()
     gpu_file = any(case.device == "cuda" for case, _ in cases) or (options.accuracy and on_gpu)
-    name = here["gpu"] if gpu_file else "cpu " + re.sub(r"\((R|TM)\)", "", here["cpu"])
-    stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ("-tiny" if options.tiny else "")
+    stem = file_stem(here, gpu_file) + ("-tiny" if options.tiny else "")
     json_path = options.output / f"{stem}.json"
     options.output.mkdir(parents=True, exist_ok=True)
     empty = {"runs": [], "rows": [], "accuracy": []}

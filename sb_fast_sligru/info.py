@@ -89,6 +89,9 @@ def report(hidden=512, rows=16):
             if name == "persistent":
                 passes = ("forward", "backward")
                 lines += [_kernel(device, hidden, rows, dtype, direction) for direction in passes]
+    lines.append("Backend for the attention decoder:")
+    for device in map(torch.device, devices):
+        lines.append("  {:<18} {} ({})".format(str(device), *ops.choose_decoder_backend(device)))
     return lines
 
 

@@ -28,9 +28,9 @@ arXiv 2302.10144 (SLi-GRU).
 
 import torch
 from torch import distributed, nn
-from torch.nn.utils import parametrize
 
 from . import ops, reference
+from ._parts import is_plain, not_plain
 from ._stock import RNN as stock
 from .ops._backends import choose, warn_once
 
@@ -84,13 +84,15 @@ class _LightGRULayer:
     @torch.jit.unused
     def _obstacle(self) -> str:
         """Tell which part the operator cannot stand in for, "" if there is none."""
-        if not _is_plain(self.u, nn.Linear) or self.u.bias is not None:
-            return _not_plain("u", self.u, "a bias-free nn.Linear")
+        if not is_plain(self.u, nn.Linear) or self.u.bias is not None:
+            return not_plain("u of a layer", self.u, "a bias-free nn.Linear")
         if not _is_activation(self.act, self.activation):
-            return _not_plain("act", self.act, f"the {self.activation} of its construction")
+            return not_plain(
+                "act of a layer", self.act, f"the {self.activation} of its construction"
+            )
         norm = getattr(self, "layer_norm", None)  # SLi-GRU's
-        if norm is not None and not _is_plain(norm, nn.LayerNorm):
-            return _not_plain("layer_norm", norm, "an nn.LayerNorm")
+        if norm is not None and not is_plain(norm, nn.LayerNorm):
+            return not_plain("layer_norm of a layer", norm, "an nn.LayerNorm")
         return ""
 
     @torch.jit.unused
@@ -327,14 +329,6 @@ def _count_over_processes(norm, rows):
     return int(count)
 
 
-def _not_plain(name, part, expected):
-    kind = type(part)
-    return (
-        f"{name} of a layer is {kind.__module__}.{kind.__qualname__}, the kernels need {expected} "
-        "without hooks (torch.nn.utils.parametrize and FSDP around whole layers leave it so)"
-    )
-
-
 def _activation_name(act):
     """Return the operator's name for the activation that SpeechBrain's layer has chosen."""
     for name in reference.ACTIVATIONS:
@@ -349,21 +343,7 @@ def _is_activation(act, name):
     if not isinstance(known, nn.Module):
         return act is known
     slope = getattr(known, "negative_slope", None)
-    return _is_plain(act, type(known)) and getattr(act, "negative_slope", None) == slope
-
-
-def _is_plain(module, kind):
-    """Tell whether calling `module` computes what `kind` does, and nothing else sees the call."""
-    if not isinstance(module, kind):
-        return False
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    is_kind = parametrize.type_before_parametrizations(module) is kind
-    return is_kind and "forward" not in module.__dict__ and not any(hooks)
+    return is_plain(act, type(known)) and getattr(act, "negative_slope", None) == slope
 
 
 def _input_widths(rnn):

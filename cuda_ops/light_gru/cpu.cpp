@@ -5,86 +5,13 @@
 //
 // Each row is reduced by one thread in one order, so the same input gives the same bits whatever
 // the thread count.
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
-#include <cstring>
 #include <vector>
 
+#include "common/cpu_loops.h"
 #include "light_gru/recurrence.h"
-
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#if __GNUC__ >= 12
-#define VECTOR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else  // which cannot choose by level; by the name of a processor it would choose Intel's alone
-#define VECTOR_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
-#endif
-#else
-#define VECTOR_CLONES
-#endif
-
-// For lambdas: what is not inlined is not compiled for the clone that calls it.
-#define ALWAYS_INLINE __attribute__((always_inline))
 
 namespace sb_fast_sligru::cpu {
 namespace {
-
-// Below this many elements a thread costs more than it saves.
-constexpr int64_t kElementsPerThread = 4096;
-
-template <class F>
-void for_rows(int64_t begin, int64_t end, int64_t elements_per_row, const F& f) {
-  const int64_t grain =
-      std::max<int64_t>(kElementsPerThread / std::max<int64_t>(elements_per_row, 1), 1);
-  torch::stable::parallel_for(begin, end, grain, f);
-}
-
-template <class T>
-T* at(void* base, int64_t offset) {
-  return base == nullptr ? nullptr : static_cast<T*>(base) + offset;
-}
-
-template <class T>
-const T* at(const void* base, int64_t offset) {
-  return base == nullptr ? nullptr : static_cast<const T*>(base) + offset;
-}
-
-template <class T>
-SLIGRU_HD void copy_or_fill(const T* from, T value, int64_t n, T* to) {
-  if (from != nullptr) {
-    std::copy(from, from + n, to);
-  } else {
-    std::fill(to, to + n, value);
-  }
-}
-
-// sigmoid(x) = 1 / (1 + exp(-x)). For float, exp by range reduction and a polynomial (Cephes'
-// coefficients, accurate to float's own rounding), because libm's expf is a call and stops the loop
-// from vectorising.
-SLIGRU_HD double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
-
-SLIGRU_HD float sigmoid(float x) {
-  constexpr float kLog2E = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound =
-      12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
-  // Comparisons with NaN are false, so NaN stays NaN.
-  float v = -x;
-  v = v > 87.0f ? 87.0f : v;
-  v = v < -87.0f ? -87.0f : v;
-  const float k = (v * kLog2E + kRound) - kRound;
-  const float f = (v - k * kLn2High) - k * kLn2Low;
-  float p = 1.9875691500e-4f;
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof(scale));
-  return 1.0f / (1.0f + p * scale);
-}
 
 // y = rho * r * weight + bias for one row, where the affine part may be absent.
 template <class T>

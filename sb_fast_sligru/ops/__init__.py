@@ -4,6 +4,7 @@ A file holds an operator: its function, fake kernels, autograd, and what chooses
 kernel. `backend` forces that choice for all of them.
 """
 
+from ._attention_decoder import attention_decoder, choose_decoder_backend
 from ._backends import BACKENDS, Gpu, backend, gpu
 from ._light_gru import Choice, choose_backend, choose_kernel, light_gru
 
@@ -11,8 +12,10 @@ __all__ = [
     "BACKENDS",
     "Choice",
     "Gpu",
+    "attention_decoder",
     "backend",
     "choose_backend",
+    "choose_decoder_backend",
     "choose_kernel",
     "gpu",
     "light_gru",

@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _library, reference
+from ._autograd import Changes, accumulation_dtype, no_second_derivative
 from ._backends import choose, derivative_obstacle, forced_backend, gpu, warn_once
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -245,7 +246,7 @@ def light_gru(
             bidirectional=bidirectional,
             eps=eps,
         )
-    acc_dtype = _accumulation_dtype(u.dtype)
+    acc_dtype = accumulation_dtype(u.dtype)
     rows = wx.shape[0] * (2 if bidirectional else 1)
 
     def per_row(t):
@@ -269,10 +270,6 @@ def light_gru(
         name,
     )
     return h
-
-
-def _accumulation_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check(tensors, layer_norm, activation, bidirectional):
@@ -345,13 +342,13 @@ def _light_gru_fake(wx, u, *rest):
     batch, time = wx.shape[:2]
     h = wx.new_empty(batch, time, directions * u.shape[1], dtype=u.dtype)
     rows = directions * batch if layer_norm else 0
-    return h, wx.new_empty(rows, time, dtype=_accumulation_dtype(u.dtype))
+    return h, wx.new_empty(rows, time, dtype=accumulation_dtype(u.dtype))
 
 
 def _light_gru_backward_fake(grad_h, wx, u, *rest):
     layer_norm, _, _, bidirectional, *_ = rest[_TENSORS - 2 :]
     need_wx, need_u, need_h0, need_ln = rest[-4:]
-    acc_dtype = _accumulation_dtype(u.dtype)
+    acc_dtype = accumulation_dtype(u.dtype)
     rows = wx.shape[0] * (2 if bidirectional else 1)
     hidden = u.shape[1]
 
@@ -372,28 +369,11 @@ def _setup_context(ctx, inputs, output):
     h, rho = output
     ctx.changes = None
     if type(h) is torch.Tensor and not torch.compiler.is_compiling():
-        ctx.changes = _Changes(h)
+        ctx.changes = Changes(h)
         h = h.data  # the same memory; its own count of changes, which autograd finds unchanged
     ctx.save_for_backward(*tensors, h, rho)
     ctx.mark_non_differentiable(rho)
     ctx.set_materialize_grads(False)
-
-
-class _Changes:
-    """Whether a tensor has been changed in place since, without holding its memory.
-
-    SpeechBrain's output is a copy of what its loop saves, so its users may change it. A copy of h
-    would cost time and memory in every call: the backward computes h again where it was changed.
-    """
-
-    def __init__(self, tensor):
-        self.counter = tensor.detach()  # shares the count of changes
-        with torch._C._DisableTorchDispatch():  # modes need not see this, and some refuse it
-            self.counter.data = tensor.new_empty(0)
-        self.before = tensor._version
-
-    def __bool__(self):
-        return self.counter._version != self.before
 
 
 def _light_gru_backward(ctx, grad_h, _):
@@ -412,13 +392,6 @@ def _light_gru_backward(ctx, grad_h, _):
         for g, wanted in zip(grads, (wx, u, h0, ln_weight, ln_bias), strict=True)
     )
     return (grad_wx, grad_u, grad_h0, None, grad_ln_weight, grad_ln_bias, *(None,) * _OPTIONS)
-
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "sb_fast_sligru's compiled kernels are differentiable once. For second derivatives run the "
-        'forward under sb_fast_sligru.backend("reference").'
-    )
 
 
 # ---- torch.utils.flop_counter: the products with U that the loop computes, whatever a kernel does
@@ -448,5 +421,4 @@ if _library.cpu_error is None:
     torch.library.register_autograd(
         "sb_fast_sligru::light_gru", _light_gru_backward, setup_context=_setup_context
     )
-    # Without this, a backward through the backward would silently return a wrong gradient.
-    torch.library.register_autograd("sb_fast_sligru::light_gru_backward", _no_second_derivative)
+    torch.library.register_autograd("sb_fast_sligru::light_gru_backward", no_second_derivative)

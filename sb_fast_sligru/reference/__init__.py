@@ -1,6 +1,7 @@
 """The operators as plain PyTorch: what compiled kernels are tested against, and the fallback."""
 
+from ._attention_decoder import attention_decoder
 from ._error import relative_error
 from ._light_gru import ACTIVATIONS, light_gru
 
-__all__ = ["ACTIVATIONS", "light_gru", "relative_error"]
+__all__ = ["ACTIVATIONS", "attention_decoder", "light_gru", "relative_error"]

@@ -1292,3 +1292,4 @@ def test_info_reports_every_library_and_backend():
     assert "CPU library     loaded" in lines
     assert "Backend for H = 24, 3 rows:" in lines
     assert "cpu      float32   cpu (the fastest)" in lines
+    assert "Backend for the attention decoder:\n  cpu                cpu (the fastest)" in lines

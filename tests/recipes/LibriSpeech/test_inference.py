@@ -34,6 +34,7 @@ from transcribe import main as transcribe_files
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STOCK = "!name:speechbrain.nnet.RNN.SLiGRU"
+STOCK_DECODER = "!name:speechbrain.nnet.RNN.AttentionalRNNDecoder"
 TINY = (
     "--dropout=0.0",
     "--max_batch_length=5",
@@ -404,6 +405,38 @@ def test_seq2seq_transcripts_are_those_of_the_run_s_test(fixture, request, audio
     # Of so few epochs a model may hear two utterances alike: that depends on the CPU's rounding.
     assert len(expected) == len(audio) and len(set(expected.values())) >= 3
     assert {path.stem: " ".join(text.split()) for path, text in texts.items()} == expected
+
+
+def test_decoder_class_can_be_overridden(seq2seq_exported, audio):
+    ours = load_recogniser(seq2seq_exported, "cpu")
+    stock = EncoderDecoderASR.from_hparams(
+        source=str(seq2seq_exported),
+        overrides=f"decoder_class: {STOCK_DECODER}",
+        run_opts={"device": "cpu"},
+    )
+    modules = [type(asr.mods.decoder.dec).__module__ for asr in (ours, stock)]
+    assert modules == ["sb_fast_sligru.decoder", "speechbrain.nnet.RNN"]
+    assert transcribed(ours, audio) == transcribed(stock, audio)
+
+
+def test_a_run_goes_on_with_either_decoder(corpus, seq2seq_run, tmp_path):
+    """One more epoch from the same checkpoint, then beam search."""
+    logs = []
+    options = [option for option in SEQ2SEQ if "number_of_epochs" not in option]
+    for name, tag in (
+        ("ours", "!name:sb_fast_sligru.AttentionalRNNDecoder"),
+        ("stock", STOCK_DECODER),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(seq2seq_run / "save", folder / "save")
+        options_here = (*options, "--number_of_epochs=4", f"--decoder_class={tag}")
+        train(train_seq2seq, "librispeech_seq2seq.yaml", corpus, folder, *options_here)
+        assert "!apply:sb_fast_sligru.decoder.build" in (folder / "hyperparams.yaml").read_text()
+        (line,) = re.findall(r"^epoch: 4,.*$", (folder / "train_log.txt").read_text(), re.M)
+        logs.append([float(x) for x in re.findall(r"(?:train|valid) loss: ([\d.e+-]+)", line)])
+        assert len(hypotheses(folder)) > 0
+        export(folder)
+    assert len(logs[0]) == 2 and logs[0] == pytest.approx(logs[1], rel=0.01)
 
 
 def test_language_model_changes_the_transcripts(seq2seq_run, seq2seq_run_with_language_model):

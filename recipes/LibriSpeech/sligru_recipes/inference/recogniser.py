@@ -10,6 +10,7 @@ from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 
 # What export.py's YAML files build, and what a recipe's keys put in the place of it.
 KNOWN = {
+    "sb_fast_sligru.AttentionalRNNDecoder",
     "sb_fast_sligru.LiGRU",
     "sb_fast_sligru.SLiGRU",
     "sentencepiece.SentencePieceProcessor",
@@ -44,6 +45,7 @@ KNOWN = {
         for activation in "ELU GELU Hardtanh LeakyReLU Mish PReLU ReLU SELU SiLU Tanh".split()
     ),
 }
+CALLED = {"!apply:sb_fast_sligru.decoder.build"}  # which takes no other class than a module's
 PLAIN = {"map", "seq", "str", "int", "float", "bool", "null"}  # of the YAML standard
 
 
@@ -123,7 +125,11 @@ def _check_tags(path, text):
         is_tuple = tag == "!tuple" or (tag == "str" and node.value.startswith("("))
         if is_tuple and "!" in node.value:
             tag = node.value[node.value.index("!") :].split()[0]
-        elif is_tuple or tag in PLAIN | {"!ref"} or (kind in ("!new", "!name") and name in KNOWN):
+        elif (
+            is_tuple
+            or tag in PLAIN | CALLED | {"!ref"}
+            or (kind in ("!new", "!name") and name in KNOWN)
+        ):
             continue
         raise ValueError(
             f"{path} has the tag {tag} in line {node.start_mark.line + 1}, which the recipes do "

@@ -1,0 +1,26 @@
+"""Whether the parts of a module are still those that SpeechBrain built."""
+
+from torch.nn.utils import parametrize
+
+
+def is_plain(module, kind):
+    """Tell whether calling `module` computes what `kind` does, and nothing else sees the call."""
+    if not isinstance(module, kind):
+        return False
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    is_kind = parametrize.type_before_parametrizations(module) is kind
+    return is_kind and "forward" not in module.__dict__ and not any(hooks)
+
+
+def not_plain(name, part, expected):
+    """Say so, of the part `name`, where the kernels need what is `expected`."""
+    kind = type(part)
+    return (
+        f"{name} is {kind.__module__}.{kind.__qualname__}, the kernels need {expected} "
+        "without hooks (torch.nn.utils.parametrize and FSDP around whole layers leave it so)"
+    )
