@@ -143,7 +143,8 @@ class AttentionalRNNDecoder(stock.AttentionalRNNDecoder):
         Returns
         -------
         name : str
-            "cpu", or "reference": a PyTorch loop, SpeechBrain's own unless the reason is "forced".
+            "cpu", "persistent", or "reference": a PyTorch loop, SpeechBrain's own unless the reason
+            is "forced".
         reason : str
             One clause, for people.
 
@@ -155,7 +156,11 @@ class AttentionalRNNDecoder(stock.AttentionalRNNDecoder):
         obstacle = self._obstacle()
         if obstacle:
             return choose(torch.device(device), dict.fromkeys(ops.BACKENDS, obstacle))
-        return ops.choose_decoder_backend(device)
+        device, weight = torch.device(device), self.attn.conv_loc.weight
+        dtype = weight.dtype
+        if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return ops.choose_decoder_backend(device, dtype, weight.shape[0], weight.shape[2])
 
     def _obstacle(self):
         """Tell what the operator cannot stand in for, "" if there is nothing."""

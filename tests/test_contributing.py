@@ -11,7 +11,7 @@ from helpers import ROOT
 
 from sb_fast_sligru import ops
 
-H200 = ops.Gpu(90, True, True, 227 * 1024, 32, 15, 7)
+H200 = ops.Gpu(90, True, True, True, 227 * 1024, 32, 15, 7)
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 

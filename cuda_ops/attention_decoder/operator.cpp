@@ -3,10 +3,12 @@
 //
 //   attention_decoder           -> h [B, N, H], context [B, N, C], attention [B, N, L], of u's dtype
 //   attention_decoder_backward  -> gradients; empty where need_* is false
+//   attention_decoder_obstacle  -> what keeps the persistent kernels from a call, "" if nothing does
 //
 // decoder.h has the mathematics and the axes.
 #include "attention_decoder/operator.h"
 
+#include "attention_decoder/choice.h"
 #include "attention_decoder/sweep.h"
 #include "common/cpu_product.h"
 
@@ -115,6 +117,11 @@ struct Cpu {
   }
 };
 
+std::string obstacle(bool has_tensor_code, ScalarType operand_dtype, int64_t channels,
+                     int64_t taps) {
+  return persistent_obstacle(has_tensor_code, dtype_of(operand_dtype), channels, taps);
+}
+
 }  // namespace
 }  // namespace sb_fast_sligru::attention_decoder
 
@@ -135,6 +142,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sb_fast_sligru, m) {
       "Tensor grad_values, Tensor grad_w_context, Tensor grad_u, Tensor grad_u_bias, "
       "Tensor grad_w_query, Tensor grad_filters, Tensor grad_w_location, Tensor grad_v, "
       "Tensor grad_w_out, Tensor grad_b_out)");
+  m.def(
+      "attention_decoder_obstacle(bool has_tensor_code, ScalarType operand_dtype, int channels, "
+      "int taps) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sb_fast_sligru, CompositeExplicitAutograd, m) {
+  m.impl("attention_decoder_obstacle", TORCH_BOX(&sb_fast_sligru::attention_decoder::obstacle));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sb_fast_sligru, CPU, m) {

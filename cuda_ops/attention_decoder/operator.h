@@ -139,6 +139,33 @@ inline Saved check_saved(const Inputs& in, OptionalTensor grad_h, OptionalTensor
   return saved;
 }
 
+// ---- results of a call without tokens
+inline Outputs empty_outputs(const Inputs& in) {
+  auto empty = [&](int64_t width) {
+    return new_empty(in.wx, {in.batch(), in.tokens(), width}, in.type());
+  };
+  return {empty(in.hidden()), empty(in.context()), empty(in.frames())};
+}
+
+inline Gradients zero_gradients(const Inputs& in, Needs needs) {
+  auto zeros_if = [&](bool wanted, const Tensor& like) {
+    return torch::stable::new_zeros(like, wanted ? sizes_of(like) : std::vector<int64_t>{0},
+                                    like.scalar_type());
+  };
+  return {zeros_if(needs.wx, in.wx),
+          zeros_if(needs.keys, in.keys),
+          zeros_if(needs.values, in.values),
+          zeros_if(needs.cell, in.w_context),
+          zeros_if(needs.cell, in.u),
+          zeros_if(needs.cell && in.u_bias, in.u_bias ? *in.u_bias : in.u),
+          zeros_if(needs.query, in.w_query),
+          zeros_if(needs.alignment, in.filters),
+          zeros_if(needs.alignment, in.w_location),
+          zeros_if(needs.alignment, in.v),
+          zeros_if(needs.out, in.w_out),
+          zeros_if(needs.out, in.b_out)};
+}
+
 // ---- the ops
 // As the dispatcher calls them. A device's Implementation has forward(backend, in) and
 // backward(backend, in, saved, needs).

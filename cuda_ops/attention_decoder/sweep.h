@@ -48,9 +48,9 @@ template <class Steps>
 Outputs forward_sweep(const Inputs& in, const Steps& steps) {
   const int64_t B = in.batch(), N = in.tokens(), H = in.hidden(), C = in.context();
   const ScalarType type = in.type();
+  if (in.empty()) return empty_outputs(in);
   const Tensor h = new_empty(in.wx, {B, N, H}, type), context = new_empty(in.wx, {B, N, C}, type),
                attention = new_empty(in.wx, {B, N, in.frames()}, type);
-  if (in.empty()) return {h, context, attention};
 
   const Tensor location_rows = torch::stable::contiguous(transposed(in.w_location));
   const Tensor nothing = new_zeros(in.wx, {B, H}, type), masked = new_zeros(in.wx, {B, C}, type),
@@ -94,6 +94,7 @@ Gradients backward_sweep(const Inputs& in, const Saved& saved, Needs needs, cons
   const int64_t B = in.batch(), N = in.tokens(), L = in.frames(), H = in.hidden(),
                 A = in.attention(), V = in.value(), C = in.context(), G = in.channels();
   const ScalarType type = in.type();
+  if (in.empty()) return zero_gradients(in, needs);
   auto zeros_if = [&](bool wanted, std::vector<int64_t> sizes) {
     return new_zeros(in.wx, wanted ? std::move(sizes) : std::vector<int64_t>{0}, type);
   };
@@ -108,19 +109,6 @@ Gradients backward_sweep(const Inputs& in, const Saved& saved, Needs needs, cons
          grad_v = zeros_if(needs.alignment, {A}), grad_w_out = zeros_if(needs.out, {C, V}),
          grad_b_out = zeros_if(needs.out, {C});
   const Tensor none = zeros_if(false, {});
-  if (in.empty())
-    return {needs.wx ? new_zeros(in.wx, {B, N, 3 * H}, type) : none,
-            grad_keys,
-            grad_values,
-            grad_w_context,
-            grad_u,
-            grad_u_bias,
-            grad_w_query,
-            grad_filters,
-            grad_w_location,
-            grad_v,
-            grad_w_out,
-            grad_b_out};
 
   auto empty = [&](std::vector<int64_t> sizes) { return new_empty(in.wx, std::move(sizes), type); };
   const Tensor location_rows = torch::stable::contiguous(transposed(in.w_location));

@@ -10,6 +10,7 @@
 #include "common/cluster_launch.cuh"
 #include "common/exchange.cuh"
 #include "common/gpu.h"
+#include "common/skinny_product.cuh"
 #include "common/warpgroup.cuh"
 
 namespace sb_fast_sligru {
@@ -18,6 +19,14 @@ namespace {
 // Kernels that need more than their target has are compiled to an empty body. These have shared
 // memory where such kernels have a body, which the driver tells of the code that it would run: code
 // for this GPU, or PTX for an older one.
+__global__ void tensor_probe(int* data) {
+#if SB_FAST_SLIGRU_HAS_TENSOR_PRODUCTS
+  volatile __shared__ int shared;
+  shared = *data;
+  *data = shared;
+#endif
+}
+
 __global__ void cluster_probe(int* data) {
 #if SB_FAST_SLIGRU_HAS_CLUSTERS
   volatile __shared__ int shared;
@@ -52,6 +61,7 @@ Gpu ask(int device) {
   gpu.capability = 10 * attribute_of(device, cudaDevAttrComputeCapabilityMajor) +
                    attribute_of(device, cudaDevAttrComputeCapabilityMinor);
   gpu.shared_bytes = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  gpu.has_tensor_code = gpu.capability >= 80 && has_body(tensor_probe);
   gpu.has_cluster_code = gpu.capability >= 90 && has_body(cluster_probe);
   gpu.has_warpgroup_code = gpu.has_cluster_code && has_body(warpgroup_probe);
   if (!gpu.has_cluster_code) return gpu;

@@ -7,7 +7,8 @@ constexpr int kLargestCluster = 16;
 
 struct Gpu {
   int capability;           // compute capability, 90 for 9.0
-  bool has_cluster_code;    // the library holds code with thread-block clusters for it
+  bool has_tensor_code;     // the library holds code with bfloat16 and TF32 products for it
+  bool has_cluster_code;    // with thread-block clusters
   bool has_warpgroup_code;  // and with warpgroup products, which 9.0a alone has
   int shared_bytes;         // shared memory that a block may ask for
   // Clusters of so many blocks that run at once, each block with a multiprocessor to itself; 0 if

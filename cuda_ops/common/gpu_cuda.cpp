@@ -6,12 +6,12 @@
 namespace sb_fast_sligru {
 namespace {
 
-std::tuple<int64_t, bool, bool, int64_t, int64_t, int64_t, int64_t> query_gpu(
+std::tuple<int64_t, bool, bool, bool, int64_t, int64_t, int64_t, int64_t> query_gpu(
     int64_t device_index) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device_index));
   const Gpu& gpu = checked_gpu();
-  return {gpu.capability,    gpu.has_cluster_code, gpu.has_warpgroup_code, gpu.shared_bytes,
-          gpu.clusters_of_4, gpu.clusters_of_8,    gpu.clusters_of_16};
+  return {gpu.capability,   gpu.has_tensor_code, gpu.has_cluster_code, gpu.has_warpgroup_code,
+          gpu.shared_bytes, gpu.clusters_of_4,   gpu.clusters_of_8,    gpu.clusters_of_16};
 }
 
 }  // namespace
@@ -19,7 +19,8 @@ std::tuple<int64_t, bool, bool, int64_t, int64_t, int64_t, int64_t> query_gpu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sb_fast_sligru, m) {
   m.def(
-      "gpu(int device_index) -> (int capability, bool has_cluster_code, bool has_warpgroup_code, "
+      "gpu(int device_index) -> (int capability, bool has_tensor_code, bool has_cluster_code, bool "
+      "has_warpgroup_code, "
       "int shared_bytes, int clusters_of_4, int clusters_of_8, int clusters_of_16)");
 }
 

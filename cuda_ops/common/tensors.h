@@ -30,6 +30,12 @@ inline std::string describe(const Tensor& t) {
   return text + "]";
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t axis = 0; axis < t.dim(); ++axis) sizes.push_back(t.size(axis));
+  return sizes;
+}
+
 inline ScalarType accumulation_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -51,6 +57,15 @@ inline Tensor with_unit_last_stride(const Tensor& t) {
   return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
 }
 
+// The persistent kernels read 16 bytes at a time.
+inline Tensor aligned(const Tensor& t) {
+  constexpr int64_t kBytes = 16;
+  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2, last = t.dim() - 1;
+  bool fits = t.stride(last) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kBytes == 0;
+  for (int64_t axis = 0; axis < last; ++axis) fits = fits && t.stride(axis) * size % kBytes == 0;
+  return fits ? t : torch::stable::clone(torch::stable::contiguous(t));
+}
+
 inline Tensor new_empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
   return torch::stable::new_empty(like, sizes, type);
 }
@@ -63,20 +78,20 @@ inline const void* pointer(const OptionalTensor& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
-// out = a b. For 16-bit operands `out` may be float32, which the accumulator then reaches
-// unrounded.
+// out = a b, of matrices or of batches of them. For 16-bit operands `out` may be float32, which the
+// accumulator then reaches unrounded.
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
+  const char* name = a.dim() == 3 ? "aten::bmm" : "aten::mm";
   if (a.scalar_type() == out.scalar_type()) {
     std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
     to<Tensor>(stack[0]);  // takes the returned reference back
   } else {
     std::array<StableIValue, 4> stack{from(a), from(b), from(out.scalar_type()), from(out)};
     TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+        torch_call_dispatcher(name, "dtype_out", stack.data(), TORCH_ABI_VERSION));
     to<Tensor>(stack[0]);
   }
 }

@@ -66,10 +66,11 @@ struct Cpu {
 
 std::tuple<std::string, int64_t, int64_t, int64_t, std::string> light_gru_kernel(
     int64_t hidden, int64_t rows, ScalarType operand_dtype, bool backward, int64_t capability,
-    bool has_cluster_code, bool has_warpgroup_code, int64_t shared_bytes, int64_t clusters_of_4,
-    int64_t clusters_of_8, int64_t clusters_of_16) {
+    bool has_tensor_code, bool has_cluster_code, bool has_warpgroup_code, int64_t shared_bytes,
+    int64_t clusters_of_4, int64_t clusters_of_8, int64_t clusters_of_16) {
   Gpu gpu = {};
   gpu.capability = static_cast<int>(capability);
+  gpu.has_tensor_code = has_tensor_code;
   gpu.has_cluster_code = has_cluster_code;
   gpu.has_warpgroup_code = has_warpgroup_code;
   gpu.shared_bytes = static_cast<int>(shared_bytes);
@@ -98,7 +99,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sb_fast_sligru, m) {
       "Tensor grad_ln_bias)");
   m.def(
       "light_gru_kernel(int hidden, int rows, ScalarType operand_dtype, bool backward, "
-      "int capability, bool has_cluster_code, bool has_warpgroup_code, int shared_bytes, "
+      "int capability, bool has_tensor_code, bool has_cluster_code, bool has_warpgroup_code, int "
+      "shared_bytes, "
       "int clusters_of_4, int clusters_of_8, int clusters_of_16) "
       "-> (str kernel, int cluster, int units, int rows, str reason)");
 }

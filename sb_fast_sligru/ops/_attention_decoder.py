@@ -5,12 +5,21 @@
 "reference", the plain PyTorch loop. Below it: fake kernels for torch.compile, then autograd.
 """
 
+import operator
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _library, reference
 from ._autograd import Changes, no_second_derivative
-from ._backends import choose, derivative_obstacle, warn_once
+from ._backends import (
+    choose,
+    derivative_obstacle,
+    forced_backend,
+    gpu,
+    missing_code,
+    warn_once,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,17 +27,21 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # ---- the choice of backend
 
 
-def choose_decoder_backend(device):
+def choose_decoder_backend(device, operand_dtype, channels, taps):
     """The backend that serves an attention decoder now, and why.
 
     Arguments
     ---------
     device : torch.device or str
+    operand_dtype : torch.dtype
+        Of the operands of the matrix products: that of the tensors, or autocast's.
+    channels, taps : int
+        Of the filters over the last attention.
 
     Returns
     -------
     name : str
-        "reference" or "cpu".
+        "reference", "cpu" or "persistent".
     reason : str
         One clause, for people.
 
@@ -39,16 +52,35 @@ def choose_decoder_backend(device):
 
     Example
     -------
-    >>> choose_decoder_backend("cpu")[0]
+    >>> choose_decoder_backend("cpu", torch.float32, 10, 201)[0]
     'cpu'
     """
     device = torch.device(device)
+    if forced_backend() == "reference":  # whatever the device
+        return choose(device, {})
+    return choose(device, _obstacles(device, operand_dtype, channels, taps))
+
+
+def _obstacles(device, operand_dtype, channels, taps):
+    """What keeps each compiled backend of the device from the call ("": nothing), best first."""
     if device.type == "cpu":
-        return choose(device, {"cpu": _library.cpu_error or derivative_obstacle()})
-    if device.type == "cuda":
-        obstacle = "the attention decoder has no CUDA kernels yet"
-        return choose(device, {"persistent": obstacle, "stepwise": obstacle})
-    return choose(device, {})
+        return {"cpu": _library.cpu_error or derivative_obstacle()}
+    if device.type != "cuda":
+        return {}
+    index = torch.cuda.current_device() if device.index is None else device.index
+    obstacle = _library.cuda_error or missing_code(index) or derivative_obstacle()
+    if not obstacle:
+        # index() makes a constant, with a guard, of a size that torch.compile holds as a symbol.
+        sizes = operator.index(channels), operator.index(taps)
+        obstacle = _persistent_obstacle(operand_dtype, *sizes, index)
+    return {"persistent": obstacle, "stepwise": "the attention decoder has no such kernels"}
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks while it traces and keeps the answer
+def _persistent_obstacle(operand_dtype, channels, taps, device_index):
+    return torch.ops.sb_fast_sligru.attention_decoder_obstacle(
+        gpu(device_index).has_tensor_code, operand_dtype, channels, taps
+    )
 
 
 # ---- the function
@@ -171,7 +203,7 @@ def attention_decoder(
         "b_out": b_out,
     }
     operand_dtype = _check(tensors)
-    name, reason = choose_decoder_backend(wx.device)
+    name, reason = choose_decoder_backend(wx.device, operand_dtype, *filters.shape)
     if name == "reference":
         if reason != "forced":
             warn_once(reason)

@@ -10,6 +10,8 @@ import torch
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
+from .. import _library
+
 BACKENDS = ("auto", "reference", "cpu", "stepwise", "persistent")
 
 _blocks = contextvars.ContextVar(
@@ -119,10 +121,11 @@ def choose(device, obstacles):
         if obstacle:
             raise RuntimeError(f'backend("{forced}") is forced, but {obstacle}')
         return forced, "forced"
+    rejected = []
     for name, obstacle in obstacles.items():
         if not obstacle:
-            rejected = [f"not {other}: {why}" for other, why in obstacles.items() if why]
             return name, "; ".join(rejected) or "the fastest"
+        rejected.append(f"not {name}: {obstacle}")
     return "reference", next(iter(obstacles.values()), f"no kernels for {device.type} tensors")
 
 
@@ -146,6 +149,8 @@ class Gpu(NamedTuple):
 
     capability: int
     """Compute capability, 90 for 9.0."""
+    has_tensor_code: bool
+    """The library holds code with bfloat16 and TF32 products for it."""
     has_cluster_code: bool
     """The library holds code with thread-block clusters for it."""
     has_warpgroup_code: bool
@@ -172,6 +177,24 @@ def gpu(device_index):
         If the environment variable SB_FAST_SLIGRU_MAX_CLUSTER is not a number from 1 to 16.
     """
     return Gpu(*torch.ops.sb_fast_sligru.gpu(device_index))
+
+
+@torch.compiler.assume_constant_result
+def missing_code(device_index):
+    """What the library lacks to run on a CUDA device at all, "" if nothing."""
+    return _query_missing_code(device_index)
+
+
+@functools.cache
+def _query_missing_code(device_index):
+    major, minor = torch.cuda.get_device_capability(device_index)
+    if _library.gpu_code(10 * major + minor):
+        return ""
+    return (
+        f"the library holds no code for compute capability {major}.{minor}, but for "
+        f"{_library.build_info['archs']} (run: TORCH_CUDA_ARCH_LIST={major}.{minor} "
+        f"{_library.BUILD_COMMAND})"
+    )
 
 
 _warned = set()

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -31,6 +32,27 @@ GIVEN = tuple(_attention_decoder._NEEDS)  # what has a gradient
 OUTPUTS = ("h", "context", "attention")
 FLAGS = _attention_decoder._FLAGS
 
+
+class Kernel(NamedTuple):
+    """A backend, where it runs, its widest dtype, and its distance from the float64 loop then."""
+
+    name: str
+    device: str
+    dtype: torch.dtype
+    bound: float
+
+
+each_kernel = pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(Kernel("cpu", "cpu", torch.float64, 1e-12), id="cpu"),
+        pytest.param(
+            Kernel("persistent", "cuda", torch.float32, 1e-4),
+            id="persistent",
+            marks=pytest.mark.gpu,
+        ),
+    ],
+)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
 SMALL = (3, 4, 7, 6, 5, 4, 3, 2, 3)
 
@@ -71,28 +93,34 @@ def make_upstream(shape):
     return [torch.randn(B, N, width, dtype=torch.float64) for width in (H, C, L)]
 
 
-def converted(arguments, dtype=torch.float64, trains=GIVEN):
-    return {
-        key: value.detach().to(dtype).requires_grad_(key in trains)
-        if isinstance(value, torch.Tensor) and key != "lengths"
-        else value
-        for key, value in arguments.items()
-    }
+def converted(arguments, dtype=torch.float64, trains=GIVEN, device="cpu"):
+    def convert(key, value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        if key == "lengths":
+            return value.to(device)
+        return value.detach().to(device, dtype).requires_grad_(key in trains)
+
+    return {key: convert(key, value) for key, value in arguments.items()}
 
 
-def run(name, arguments, upstream=None, dtype=torch.float64, autocast=None):
+def run(name, arguments, upstream=None, dtype=torch.float64, autocast=None, device="cpu"):
     """Outputs and, given the gradients `upstream` of them, every gradient, by name."""
-    inputs = converted(arguments, dtype, () if upstream is None else GIVEN)
-    casting = torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext()
+    inputs = converted(arguments, dtype, () if upstream is None else GIVEN, device)
+    casting = torch.autocast(device, autocast) if autocast else contextlib.nullcontext()
     with backend(name), casting:
         outputs = ops.attention_decoder(**inputs)
     results = dict(zip(OUTPUTS, outputs, strict=True))
     if upstream is not None:
         wanted = [key for key in GIVEN if inputs[key] is not None]
-        upstream = [g.to(o.dtype) for o, g in zip(outputs, upstream, strict=True)]
+        upstream = [g.to(o) for o, g in zip(outputs, upstream, strict=True)]
         gradients = torch.autograd.grad(outputs, [inputs[key] for key in wanted], upstream)
         results.update(zip((f"grad of {key}" for key in wanted), gradients, strict=True))
     return results
+
+
+def run_kernel(kernel, arguments, upstream=None):
+    return run(kernel.name, arguments, upstream, kernel.dtype, device=kernel.device)
 
 
 def assert_close(results, expected, bounds):
@@ -101,50 +129,58 @@ def assert_close(results, expected, bounds):
         bound = bounds[key] if isinstance(bounds, dict) else bounds
         # Gradients that are zero in exact arithmetic (one frame: its weight is 1) are rounding.
         scale = max(expected[key].double().norm().item(), 1e-3)
-        error = (value.double() - expected[key].double()).norm().item() / scale
+        error = (value.cpu().double() - expected[key].cpu().double()).norm().item() / scale
         assert error <= bound, f"{key}: relative error {error:.2e}, allowed {bound:.2e}"
 
 
 # ---- values
 
 
+# Wide enough for several blocks of every phase, more rows than a product takes at once.
+WIDE = [(24, 12, 375, 128, 160, 96, 128, 10, 201), (70, 6, 100, 320, 64, 64, 96, 16, 77)]
+
+
+@each_kernel
 @each_shape
 @pytest.mark.parametrize("bias, mask, scaling", [(True, True, 1.0), (False, False, 1.7)])
-def test_float64_matches_the_loop(shape, bias, mask, scaling):
+def test_matches_the_loop(kernel, shape, bias, mask, scaling):
     arguments = make_inputs(shape, bias, mask, scaling=scaling)
     upstream = make_upstream(shape)
     expected = run("reference", arguments, upstream)
-    assert_close(run("cpu", arguments, upstream), expected, 1e-12)
+    assert_close(run_kernel(kernel, arguments, upstream), expected, kernel.bound)
 
 
+@each_kernel
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
-def test_gradients_from_some_outputs(which):
+def test_gradients_from_some_outputs(kernel, which):
     """Training uses h and context; attention alone may have a loss of its own."""
     arguments = make_inputs(SMALL)
     upstream = make_upstream(SMALL)
 
-    def gradients(name):
-        inputs = converted(arguments)
+    def gradients(name, dtype, device):
+        inputs = converted(arguments, dtype, device=device)
         with backend(name):
             outputs = ops.attention_decoder(**inputs)
         wanted = [inputs[key] for key in GIVEN]
-        chosen = [outputs[i] for i in which], wanted, [upstream[i] for i in which]
+        chosen = [outputs[i] for i in which], wanted, [upstream[i].to(outputs[i]) for i in which]
         return dict(enumerate(torch.autograd.grad(*chosen)))
 
-    assert_close(gradients("cpu"), gradients("reference"), 1e-12)
+    expected = gradients("reference", torch.float64, "cpu")
+    assert_close(gradients(kernel.name, kernel.dtype, kernel.device), expected, kernel.bound)
 
 
-def test_lengths_end_rows_early():
+@each_kernel
+def test_lengths_end_rows_early(kernel):
     """What lies beyond a length has no weight and changes nothing."""
     shape = (3, 4, 70, 6, 5, 4, 3, 2, 7)
     arguments = make_inputs(shape, lengths=[70, 65, 3])
     upstream = make_upstream(shape)
-    results = run("cpu", arguments, upstream)
+    results = run_kernel(kernel, arguments, upstream)
     for row, length in enumerate(arguments["lengths"]):
         assert not results["attention"][row, :, length:].any()
         arguments["keys"][row, length:] = 9.0
         arguments["values"][row, length:] = -9.0
-    again = run("cpu", arguments, upstream)
+    again = run_kernel(kernel, arguments, upstream)
     assert all(torch.equal(again[key], results[key]) for key in results if "values" not in key)
 
 
@@ -158,7 +194,7 @@ PRECISIONS = {
 }
 
 
-def assert_no_worse_than_the_loop(arguments, upstream, precision):
+def assert_no_worse_than_the_loop(name, device, precision, arguments, upstream):
     """Every error against float64 is at most twice that of the loop in the same precision.
 
     2 covers the luck of rounding and of the order of sums.
@@ -172,9 +208,9 @@ def assert_no_worse_than_the_loop(arguments, upstream, precision):
         for key, value in arguments.items()
     }
     upstream = [g.to(dtype).double() for g in upstream]
-    exact = run("reference", arguments, upstream)
-    eager = run("reference", arguments, upstream, dtype, autocast)
-    results = run("cpu", arguments, upstream, dtype, autocast)
+    exact = run("reference", arguments, upstream, device=device)
+    eager = run("reference", arguments, upstream, dtype, autocast, device)
+    results = run(name, arguments, upstream, dtype, autocast, device)
     # A result of few values can be right by luck: allow a unit in the last place besides.
     last_place = torch.finfo(autocast or dtype).eps
     bounds = {
@@ -189,7 +225,16 @@ def assert_no_worse_than_the_loop(arguments, upstream, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_error_is_no_worse_than_the_loop(precision):
     shape = (4, 20, 90, 24, 32, 16, 20, 4, 21)
-    assert_no_worse_than_the_loop(make_inputs(shape), make_upstream(shape), precision)
+    arguments, upstream = make_inputs(shape), make_upstream(shape)
+    assert_no_worse_than_the_loop("cpu", "cpu", precision, arguments, upstream)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES + WIDE, ids=lambda s: "-".join(map(str, s)))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_error_on_a_gpu_is_no_worse_than_the_loop(shape, precision):
+    arguments, upstream = make_inputs(shape), make_upstream(shape)
+    assert_no_worse_than_the_loop("persistent", "cuda", precision, arguments, upstream)
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e-4])
@@ -257,19 +302,23 @@ def test_random_calls(capsys):
             assert_close(results, expected, 5 * max(errors) + 100 * torch.finfo(precision[0]).eps)
 
 
+@each_kernel
 @pytest.mark.parametrize("scaling", [0.0, -1.0, math.inf, math.nan])
-def test_odd_scalings_give_what_the_loop_gives(scaling):
+def test_odd_scalings_give_what_the_loop_gives(kernel, scaling):
     arguments = make_inputs(SMALL, lengths=[7, 5, 1], scaling=scaling)
-    results, expected = run("cpu", arguments), run("reference", arguments)
+    results, expected = run_kernel(kernel, arguments), run("reference", arguments)
     for key, value in results.items():
-        torch.testing.assert_close(value, expected[key], equal_nan=True)
+        torch.testing.assert_close(
+            value.cpu(), expected[key].to(value.dtype), equal_nan=True, rtol=1e-4, atol=1e-5
+        )
 
 
-def test_a_length_of_zero_is_nan_as_in_the_loop():
+@each_kernel
+def test_a_length_of_zero_is_nan_as_in_the_loop(kernel):
     arguments = make_inputs(SMALL, lengths=[7, 0, 3])
-    results, expected = run("cpu", arguments), run("reference", arguments)
+    results, expected = run_kernel(kernel, arguments), run("reference", arguments)
     for key, value in results.items():
-        assert torch.equal(value.isnan(), expected[key].isnan()), key
+        assert torch.equal(value.isnan().cpu(), expected[key].isnan()), key
     assert results["attention"][1].isnan().all() and not results["attention"][0].isnan().any()
 
 
@@ -315,12 +364,12 @@ def test_strided_inputs():
     assert_close(results, expected, 1e-12)
 
 
+@each_kernel
 @pytest.mark.parametrize("axis", [0, 1], ids=["no-batch", "no-tokens"])
-@pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_empty_input_gives_empty_output_and_zero_gradients(axis, name):
+def test_empty_input_gives_empty_output_and_zero_gradients(kernel, axis):
     shape = [0 if i == axis else size for i, size in enumerate(SMALL)]
     arguments = make_inputs(shape)
-    results = run(name, arguments, make_upstream(shape))
+    results = run_kernel(kernel, arguments, make_upstream(shape))
     for key, upstream in zip(OUTPUTS, make_upstream(shape), strict=True):
         assert results[key].shape == upstream.shape
     for key in GIVEN:
@@ -346,10 +395,10 @@ def test_same_input_same_bits_whatever_the_threads():
 # ---- autograd
 
 
-def operator_arguments(arguments, dtype=torch.float64):
+def operator_arguments(arguments, kernel):
     """Positional arguments of the operator itself."""
-    inputs = converted(arguments, dtype, ())
-    return [inputs[key] for key in NAMES], (arguments["scaling"], dtype, "cpu")
+    inputs = converted(arguments, kernel.dtype, (), kernel.device)
+    return [inputs[key] for key in NAMES], (arguments["scaling"], kernel.dtype, kernel.name)
 
 
 @pytest.mark.parametrize("bias, mask", [(True, True), (False, False)])
@@ -366,14 +415,15 @@ def test_gradcheck(bias, mask):
     assert torch.autograd.gradcheck(function, [arguments[key].requires_grad_() for key in wanted])
 
 
-def test_gradients_nobody_wants_are_not_computed():
+@each_kernel
+def test_gradients_nobody_wants_are_not_computed(kernel):
     arguments = make_inputs(SMALL)
-    tensors, options = operator_arguments(arguments)
+    tensors, options = operator_arguments(arguments, kernel)
     outputs = torch.ops.sb_fast_sligru.attention_decoder(*tensors, *options)
 
     def backward(*needs):
         return torch.ops.sb_fast_sligru.attention_decoder_backward(
-            *make_upstream(SMALL), *tensors, *options, *outputs, *needs
+            *(g.to(tensors[0]) for g in make_upstream(SMALL)), *tensors, *options, *outputs, *needs
         )
 
     torch.manual_seed(1)
@@ -389,14 +439,16 @@ def test_gradients_nobody_wants_are_not_computed():
                 assert gradient.numel() == 0
 
 
+@each_kernel
 @pytest.mark.parametrize("key", GIVEN)
-def test_one_tensor_alone_trains(key):
+def test_one_tensor_alone_trains(kernel, key):
     arguments, upstream = make_inputs(SMALL), make_upstream(SMALL)
     expected = run("reference", arguments, upstream)[f"grad of {key}"]
-    inputs = converted(arguments, trains=(key,))
-    with backend("cpu"):
-        torch.autograd.backward(ops.attention_decoder(**inputs), upstream)
-    assert relative_error(inputs[key].grad, expected) < 1e-12
+    inputs = converted(arguments, kernel.dtype, (key,), kernel.device)
+    with backend(kernel.name):
+        outputs = ops.attention_decoder(**inputs)
+        torch.autograd.backward(outputs, [g.to(inputs["wx"]) for g in upstream])
+    assert relative_error(inputs[key].grad.cpu(), expected) < kernel.bound
     assert all(inputs[other].grad is None for other in GIVEN if other != key)
 
 
@@ -478,20 +530,26 @@ CHANGES = {
 }
 
 
+@each_kernel
 @pytest.mark.parametrize("which", range(3), ids=OUTPUTS)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_output_changed_in_place(change, which):
+def test_output_changed_in_place(kernel, change, which):
     arguments, upstream = make_inputs(SMALL), make_upstream(SMALL)
 
-    def gradients(name):
-        inputs = converted(arguments)
+    def gradients(name, dtype, device):
+        inputs = converted(arguments, dtype, device=device)
         with backend(name):
             outputs = ops.attention_decoder(**inputs)
         change(outputs[which])
-        results = torch.autograd.grad(outputs, [inputs[key] for key in GIVEN], upstream)
+        results = torch.autograd.grad(
+            outputs,
+            [inputs[key] for key in GIVEN],
+            [g.to(inputs["wx"]) for g in upstream],
+        )
         return dict(enumerate([*outputs, *results]))
 
-    assert_close(gradients("cpu"), gradients("reference"), 1e-12)
+    expected = gradients("reference", torch.float64, "cpu")
+    assert_close(gradients(kernel.name, kernel.dtype, kernel.device), expected, kernel.bound)
 
 
 def test_an_unchanged_output_is_not_computed_again():
@@ -506,13 +564,15 @@ def test_an_unchanged_output_is_not_computed_again():
     assert forwards == [0, 1]
 
 
+@each_kernel
 @pytest.mark.parametrize("bias, mask", [(True, True), (False, False)])
-def test_opcheck(bias, mask):
+def test_opcheck(kernel, bias, mask):
     """Schema, fake kernel, autograd registration and tracing with dynamic shapes."""
     arguments = make_inputs(SMALL, bias, mask)
-    tensors, options = operator_arguments(arguments)
+    tensors, options = operator_arguments(arguments, kernel)
     outputs = torch.ops.sb_fast_sligru.attention_decoder(*tensors, *options)
-    for grads in (make_upstream(SMALL), [torch.randn_like(outputs[0]), None, None]):
+    upstream = [g.to(outputs[0]) for g in make_upstream(SMALL)]
+    for grads in (upstream, [torch.randn_like(outputs[0]), None, None]):
         for needs in ([True] * len(FLAGS), [False] * len(FLAGS)):
             torch.library.opcheck(
                 torch.ops.sb_fast_sligru.attention_decoder_backward,
@@ -525,22 +585,23 @@ def test_opcheck(bias, mask):
     torch.library.opcheck(torch.ops.sb_fast_sligru.attention_decoder, (*tensors, *options))
 
 
-def test_compiles_in_one_graph_for_any_batch_tokens_and_frames():
+@each_kernel
+def test_compiles_in_one_graph_for_any_batch_tokens_and_frames(kernel):
     def function(**arguments):
         h, context, attention = ops.attention_decoder(**arguments)
         return h.sum() + context.square().sum() + attention.square().sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    with backend("cpu"):
+    with backend(kernel.name):
         for batch, tokens, frames in ((3, 5, 8), (4, 9, 11), (2, 17, 70)):
             arguments = make_inputs((batch, tokens, frames, *SMALL[3:]))
             results = []
             for call in (compiled, function):
-                inputs = converted(arguments)
+                inputs = converted(arguments, kernel.dtype, device=kernel.device)
                 call(**inputs).backward()
                 results.append({key: inputs[key].grad for key in GIVEN})
-            assert_close(results[0], results[1], 1e-14)
+            assert_close(results[0], results[1], 1e-14 if kernel.device == "cpu" else 1e-6)
 
 
 # ---- counted operations
@@ -639,19 +700,49 @@ def test_the_operator_itself_checks_its_arguments(changed, message):
 # ---- choice of backend
 
 
+RECIPE = torch.float32, 10, 201
+H200 = ops.Gpu(90, True, True, True, 227 * 1024, 32, 15, 7)
+A100 = ops.Gpu(80, True, False, False, 163 * 1024, 0, 0, 0)
+TURING = ops.Gpu(75, False, False, False, 64 * 1024, 0, 0, 0)
+
+
 def test_backend_choice():
-    assert ops.choose_decoder_backend("cpu")[0] == "cpu"
-    assert ops.choose_decoder_backend("meta")[0] == "reference"
-    assert ops.choose_decoder_backend("cuda") == (
-        "reference",
-        "the attention decoder has no CUDA kernels yet",
-    )
+    assert ops.choose_decoder_backend("cpu", *RECIPE)[0] == "cpu"
+    assert ops.choose_decoder_backend("meta", *RECIPE)[0] == "reference"
     with backend("reference"):
-        assert ops.choose_decoder_backend("cpu") == ("reference", "forced")
+        assert ops.choose_decoder_backend("cpu", *RECIPE) == ("reference", "forced")
     with backend("stepwise"), pytest.raises(RuntimeError, match="does not serve cpu tensors"):
         ops.attention_decoder(**zeros())
-    with backend("persistent"), pytest.raises(RuntimeError, match="has no CUDA kernels yet"):
-        ops.choose_decoder_backend("cuda:0")
+
+
+@pytest.mark.parametrize(
+    "gpu, dtype, channels, taps, obstacle",
+    [
+        (H200, torch.float32, 10, 201, ""),
+        (A100, torch.bfloat16, 16, 495, ""),
+        (H200, torch.float64, 10, 201, "no float64 CUDA kernels"),
+        (TURING, torch.float16, 10, 201, "need compute capability 8.0 or newer"),
+        (H200, torch.float16, 17, 201, "17 location channels, the kernels take 16"),
+        (H200, torch.float16, 16, 497, "497 taps, the kernels take 495"),
+    ],
+)
+def test_choice_on_pretended_gpus(monkeypatch, gpu, dtype, channels, taps, obstacle):
+    monkeypatch.setattr(_library, "cuda_error", None)
+    monkeypatch.setattr(_backends, "_query_missing_code", lambda device: "")
+    monkeypatch.setattr(_attention_decoder, "gpu", lambda device: gpu)
+    name, reason = ops.choose_decoder_backend("cuda:0", dtype, channels, taps)
+    assert name == ("reference" if obstacle else "persistent") and obstacle in reason
+    with backend("stepwise"), pytest.raises(RuntimeError, match="has no such kernels"):
+        ops.choose_decoder_backend("cuda:0", dtype, channels, taps)
+    if obstacle:
+        with backend("persistent"), pytest.raises(RuntimeError, match=obstacle):
+            ops.choose_decoder_backend("cuda:0", dtype, channels, taps)
+
+
+def test_a_library_that_does_not_load(monkeypatch):
+    monkeypatch.setattr(_library, "cuda_error", "it was built for another torch, says this test")
+    name, reason = ops.choose_decoder_backend("cuda:0", *RECIPE)
+    assert name == "reference" and "says this test" in reason
 
 
 def test_a_missing_library_costs_speed_and_says_so_once(monkeypatch):
@@ -678,3 +769,144 @@ def test_the_backward_runs_where_the_forward_did():
     with backend("reference"):
         torch.autograd.backward(outputs, upstream)
     assert all(torch.equal(inputs[key].grad, expected[f"grad of {key}"]) for key in GIVEN)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_same_input_same_bits_on_a_gpu(precision):
+    shape = WIDE[0]
+    arguments, upstream = make_inputs(shape), make_upstream(shape)
+    first, *others = (
+        run("persistent", arguments, upstream, *PRECISIONS[precision], "cuda") for _ in range(3)
+    )
+    for other in others:
+        assert all(torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "autocast-bfloat16"])
+@pytest.mark.parametrize("place", GIVEN)
+def test_nan_reaches_the_output_on_a_gpu(place, precision):
+    arguments = make_inputs(SMALL, lengths=[7, 5, 6])
+    arguments[place].flatten()[-1] = math.nan
+    results, expected = (
+        run(name, arguments, None, *PRECISIONS[precision], "cuda")
+        for name in ("persistent", "reference")
+    )
+    for key, result in results.items():
+        assert torch.equal(result.isnan(), expected[key].isnan()), key
+
+
+@pytest.mark.gpu
+def test_a_score_buffer_smaller_than_a_row():
+    """Tokens of one row are then taken in turn: 3 of 5 at a time."""
+    shape = (2, 5, 6000, 8, 3584, 8, 8, 3, 9)
+    arguments, upstream = make_inputs(shape), make_upstream(shape)
+    expected = run("reference", arguments, upstream, device="cuda")
+    results = run("persistent", arguments, upstream, torch.float32, device="cuda")
+    assert_close(results, expected, 1e-4)
+
+
+@pytest.mark.gpu
+def test_other_strides_and_misaligned_tensors():
+    arguments, upstream = make_inputs(WIDE[1]), make_upstream(WIDE[1])
+    expected = run("persistent", arguments, upstream, torch.float32, device="cuda")
+    inputs = converted(arguments, torch.float32, device="cuda")
+    for key, t in inputs.items():
+        if isinstance(t, torch.Tensor) and key != "lengths":
+            apart = torch.empty(t.numel() + 1, device="cuda")[1:].view(t.shape)
+            inputs[key] = apart.copy_(t.detach()).mT.contiguous().mT if t.ndim > 1 else t.detach()
+            inputs[key].requires_grad_(key in GIVEN)
+    with backend("persistent"):
+        outputs = ops.attention_decoder(**inputs)
+    gradients = torch.autograd.grad(
+        outputs, [inputs[key] for key in GIVEN], [g.to(outputs[0]) for g in upstream]
+    )
+    results = dict(zip(OUTPUTS, outputs, strict=True))
+    results |= {f"grad of {key}": g for key, g in zip(GIVEN, gradients, strict=True)}
+    assert_close(results, expected, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_cuda_graph_replays_the_training_step(precision):
+    dtype = PRECISIONS[precision][0]
+    arguments, upstream = make_inputs(WIDE[0]), make_upstream(WIDE[0])
+    inputs = converted(arguments, dtype, device="cuda")
+    upstream = [g.to(inputs["wx"]) for g in upstream]
+
+    def step():
+        with backend("persistent"):
+            outputs = ops.attention_decoder(**inputs)
+        return *outputs, *torch.autograd.grad(outputs, [inputs[k] for k in GIVEN], upstream)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        inputs["keys"].copy_(torch.randn_like(inputs["keys"]))
+    for _ in range(2):
+        graph.replay()
+    for ours, eager in zip(captured, step(), strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.gpu
+def test_runs_on_the_callers_stream():
+    """What the stream still has to compute is what the kernels read."""
+    arguments = converted(make_inputs(WIDE[0]), torch.float32, (), "cuda")
+    with backend("persistent"):
+        expected = ops.attention_decoder(**arguments)
+        keys = torch.zeros_like(arguments["keys"])
+        side = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)
+            keys.copy_(arguments["keys"])
+            results = ops.attention_decoder(**(arguments | {"keys": keys}))
+        side.synchronize()
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_lengths_out_of_range_are_the_nearest_on_a_gpu():
+    """A look at them would wait for the GPU."""
+    arguments = make_inputs(SMALL, lengths=[9, -2, 5])
+    results = run("persistent", arguments, None, torch.float32, device="cuda")
+    arguments["lengths"] = torch.tensor([7, 0, 5])
+    expected = run("persistent", arguments, None, torch.float32, device="cuda")
+    for key, value in results.items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_random_calls_on_a_gpu(capsys):
+    for random in draw_cases(capsys, "attention decoder on a GPU", 300):
+        shape = [random.randint(1, top) for top in (40, 8, 200, 70, 70, 70, 70, 16, 60)]
+        shape[-1] = 2 * shape[-1] - 1
+        precision = random.choice(list(PRECISIONS))
+        print(shape, precision)
+        arguments = make_inputs(
+            shape,
+            bias=random.random() < 0.5,
+            mask=random.random() < 0.5,
+            scaling=random.choice([1.0, 0.3, 2.5]),
+        )
+        upstream = make_upstream(shape)
+        expected = run("reference", arguments, upstream, device="cuda")
+        eager, results = (
+            run(name, arguments, upstream, *PRECISIONS[precision], "cuda")
+            for name in ("reference", "persistent")
+        )
+        # A single case is a matter of luck: its loop's largest error tells what to expect.
+        errors = [relative_error(eager[key], value) for key, value in expected.items()]
+        bound = 5 * max(errors) + 100 * torch.finfo(PRECISIONS[precision][0]).eps
+        assert_close(results, expected, bound)

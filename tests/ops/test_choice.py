@@ -16,10 +16,11 @@ import torch
 from helpers import ROOT
 
 from sb_fast_sligru import _library, info, ops
-from sb_fast_sligru.ops import Gpu, _light_gru
+from sb_fast_sligru.ops import Gpu, _backends, _light_gru
 
 H200 = Gpu(
     capability=90,
+    has_tensor_code=True,
     has_cluster_code=True,
     has_warpgroup_code=True,
     shared_bytes=227 * 1024,
@@ -29,8 +30,8 @@ H200 = Gpu(
 )
 B200 = H200._replace(capability=100, has_warpgroup_code=False)
 RTX5090 = B200._replace(capability=120, shared_bytes=99 * 1024, clusters_of_16=0)
-A100 = Gpu(80, False, False, 163 * 1024, 0, 0, 0)
-WITHOUT_9_0A = Gpu(90, False, False, 227 * 1024, 0, 0, 0)
+A100 = Gpu(80, True, False, False, 163 * 1024, 0, 0, 0)
+WITHOUT_9_0A = Gpu(90, True, False, False, 227 * 1024, 0, 0, 0)
 BF16, HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
@@ -160,8 +161,9 @@ def pretend(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: properties[1:3])
         monkeypatch.setattr(ops, "gpu", lambda index: gpu)
         monkeypatch.setattr(_light_gru, "gpu", lambda index: gpu)
-        for query in (_light_gru._query_missing_code, _light_gru._query_persistent):
-            monkeypatch.setattr(_light_gru, query.__name__, query.__wrapped__)
+        for query in (_backends._query_missing_code, _light_gru._query_persistent):
+            module = sys.modules[query.__module__]
+            monkeypatch.setattr(module, query.__name__, query.__wrapped__)
 
     return pretend
 

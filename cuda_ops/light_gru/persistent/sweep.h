@@ -8,15 +8,6 @@
 
 namespace sb_fast_sligru {
 
-// The persistent kernels read 16 bytes at a time.
-inline Tensor aligned(const Tensor& t) {
-  constexpr int64_t kBytes = 16;
-  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2, last = t.dim() - 1;
-  bool fits = t.stride(last) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kBytes == 0;
-  for (int64_t axis = 0; axis < last; ++axis) fits = fits && t.stride(axis) * size % kBytes == 0;
-  return fits ? t : torch::stable::clone(torch::stable::contiguous(t));
-}
-
 inline Inputs aligned(Inputs in) {
   in.wx = aligned(in.wx);
   in.u = aligned(in.u);
