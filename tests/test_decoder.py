@@ -137,7 +137,7 @@ def share_masks(theirs, ours, inputs, seed=7):
     width = features + ours.attn_dim
     generator = torch.Generator().manual_seed(seed)
     masks = torch.bernoulli(torch.full((batch, tokens, width), 1 - p), generator=generator)
-    masks = masks / (1 - p) if p < 1 else masks
+    masks = (masks / (1 - p) if p < 1 else masks).to(inputs[0])
     theirs.drop = Masks(masks)
     ours._draw_mask = lambda inp_tensor: masks
 
@@ -489,12 +489,37 @@ def test_scripting_fails_as_speechbrains():
 
 
 @pytest.mark.gpu
-def test_cuda_runs_speechbrains_code(warned):
-    theirs, ours = (net.cuda() for net in build_pair())
+@pytest.mark.parametrize("case", CASES)
+def test_cuda_gives_speechbrains_results(case, warned):
+    arguments, shape = CASES[case]
+    theirs, ours = (net.cuda() for net in build_pair(**arguments))
+    inputs = [t.cuda() for t in inputs_of(ours, shape)]
+    share_masks(theirs, ours, inputs)
+    assert ours.choose_backend("cuda")[0] == "persistent"
+    assert_same(run(ours, inputs), run(theirs, inputs), 1e-4)
+    assert not warned
+
+
+@pytest.mark.gpu
+def test_cuda_takes_what_the_kernels_cannot(warned):
+    theirs, ours = (net.cuda() for net in build_pair(channels=17))
     inputs = [t.cuda() for t in make_inputs()]
     assert ours.choose_backend("cuda")[0] == "reference"
     assert_same(run(ours, inputs), run(theirs, inputs), 1e-6)
-    assert warned == {"the attention decoder has no CUDA kernels yet"}
+    assert warned == {"the attention has 17 location channels, the kernels take 16"}
+
+
+@pytest.mark.gpu
+def test_cuda_does_not_wait_for_the_gpu():
+    _, net = build_pair()
+    net.cuda()
+    inputs = [t.cuda() for t in make_inputs()]
+    net(*inputs)[0].sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        net(*inputs)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # State -----------------------------------------------------------------------------------------
