@@ -21,13 +21,14 @@ namespace sb_fast_sligru::attention_decoder {
 namespace {
 
 constexpr int kWarps = kSkinnyWarps, kThreads = 32 * kWarps;
-constexpr int kQueryTiles = 2;                     // of 32 units, of a block
-constexpr int kFrameWarps = kWarps / kQueryTiles;  // that share the frames
-constexpr int kQueryUnits = kQueryTiles * kTileUnits;
 constexpr int kSharedBytes = SkinnyPartials<1>::kBytes;
 static_assert(kSharedBytes >= kWarps * kTileUnits * static_cast<int>(sizeof(float)));
 
 #if SB_FAST_SLIGRU_HAS_TENSOR_PRODUCTS
+
+constexpr int kQueryTiles = 2;                     // of 32 units, of a block
+constexpr int kFrameWarps = kWarps / kQueryTiles;  // that share the frames
+constexpr int kQueryUnits = kQueryTiles * kTileUnits;
 
 __device__ __forceinline__ int64_t at(const Shape& shape, int64_t row, int token, int64_t width) {
   return (row * shape.tokens + token) * width;

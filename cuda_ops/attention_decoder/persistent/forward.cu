@@ -21,7 +21,6 @@ namespace {
 
 constexpr int kWarps = kSkinnyWarps, kThreads = 32 * kWarps;
 constexpr int kGates = 4;  // sums of the cell: r, z, and the two parts of n
-constexpr int kGroupWarps = 4, kGroups = kWarps / kGroupWarps;  // of the summary
 
 // Shared memory: the filters for good, then what a phase needs.
 struct Layout {
@@ -42,6 +41,8 @@ struct Layout {
 };
 
 #if SB_FAST_SLIGRU_HAS_TENSOR_PRODUCTS
+
+constexpr int kGroupWarps = 4, kGroups = kWarps / kGroupWarps;  // of the summary
 
 template <class T>
 __device__ __forceinline__ void cell(const Forward& p, int token, float* shared) {

@@ -15,7 +15,6 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kFilterFrames = 256;           // in shared memory at a time
-constexpr int kTapTiles = 4;                 // of 8 taps, of a warp at a time
 constexpr int kFrameStride = kChannels + 8;  // of df; against bank conflicts
 
 SLIGRU_HD int feature_bytes(int padded_taps) {
@@ -160,6 +159,7 @@ __global__ void __launch_bounds__(kThreads) scores_kernel(const Scores p) {
 
 __global__ void __launch_bounds__(kThreads) filters_kernel(const Filters p) {
 #if SB_FAST_SLIGRU_HAS_TENSOR_PRODUCTS
+  constexpr int kTapTiles = 4;  // of 8 taps, of a warp at a time
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = p.shape;
   const int taps = shape.padded_taps(), L = shape.frames;
