@@ -371,13 +371,15 @@ def make_corpus(folder, splits=None, seed=0, workers=None, vocabulary="small"):
     ModuleNotFoundError
         If `espeakng-loader` is not installed.
     ValueError
-        If `folder` holds something else, or a size in `splits` is impossible.
+        If `folder` holds something else, or a size in `splits` or `workers` is impossible.
 
     Example
     -------
     >>> make_corpus("corpus", {"train-clean-100": (2, 3)})  # doctest: +SKIP
     {'train-clean-100': 20.5}
     """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     engine = _engine_version()
     splits = splits or DEFAULT_SPLITS[vocabulary]
     for split, sizes in splits.items():

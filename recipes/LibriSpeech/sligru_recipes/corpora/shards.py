@@ -4,13 +4,14 @@ The files have WebDataset's layout: NAME-DIGEST-00000.tar and so on, in each KEY
 an utterance side by side. They are read at known positions, so a data set of them is one like any
 other: random access, sorted or dynamic batches, DDP, and training that resumes within an epoch.
 
-DIGEST is the manifest's. Runs of other manifests have other files in the same folder, and none is
+DIGEST is the manifest's, but for the times of its files. Runs of other manifests have other files in the same folder, and none is
 ever deleted or replaced.
 """
 
 import csv
 import hashlib
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -24,12 +25,15 @@ from ..training.lock import lock_folder
 
 SHARD_BYTES = 2**30
 DIGEST_LENGTH = 12  # hexadecimal digits
+TIME = "mtime_ns"  # a column; whether a file's samples changed is told by another
 LOCK_FILE = ".packing.lock"  # not that of a run, whose output folder it may be
 
 
 def packed_manifest(manifest, folder):
     """Path of the manifest of the shards of `manifest`, NAME-DIGEST.csv in `folder`."""
-    digest = hashlib.sha256(Path(manifest).read_bytes()).hexdigest()[:DIGEST_LENGTH]
+    with open(manifest, newline="", encoding="utf-8") as file:
+        rows = [{**row, TIME: None} for row in csv.DictReader(file)]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:DIGEST_LENGTH]
     return Path(folder, f"{Path(manifest).stem}-{digest}.csv")
 
 

@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from ..files import replacing
 from ..progress import Progress
 from .checkpoints import (
     LOAD_ERRORS,
@@ -472,6 +473,5 @@ def draw_progress(history, path):
         axes.spines[["top", "right"]].set_visible(False)
         if len(axes.lines) > 1:
             axes.legend(frameon=False)
-    partial = f"{path}.partial"
-    figure.savefig(partial, format="png", dpi=100)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=100)

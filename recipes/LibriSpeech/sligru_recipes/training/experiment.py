@@ -19,6 +19,7 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_o
 from speechbrain.utils.logger import get_environment_description, get_logger
 from speechbrain.utils.run_opts import RunOptions
 
+from ..files import write_text
 from .lock import lock_folder
 from .resume import FITTED_SIZE, check_resume, describe, find_references, resolve
 
@@ -234,9 +235,7 @@ class Experiment:
             ("hyperparams.yaml", text),
             ("env.log", get_environment_description()),
         ):
-            partial = folder / f"{name}.partial"
-            partial.write_text(content, encoding="utf-8")
-            os.replace(partial, folder / name)
+            write_text(folder / name, content)
         save_sources(folder, *self.sources)
 
 
