@@ -229,8 +229,8 @@ def test_noise_of_a_folder_is_added(tmp_path):
         soundfile.write(tmp_path / "noises" / name, 0.1 * rng.standard_normal(32000), 16000)
     left_out = [f"--enable_{name}=False" for name in ("speed_perturb", "drop_freq", "drop_chunk")]
     arguments = [f"--noise_folder={tmp_path / 'noises'}", f"--output_folder={tmp_path}"]
-    hparams = load_batching(*arguments, *left_out, "--skip_prep=True")
-    prepare_data(hparams)
+    hparams = load_batching(*arguments, *left_out)
+    prepare_data({**hparams, "skip_prep": True})
     waves = torch.sin(torch.arange(16000) / 10).repeat(2, 1)
     noisy, lengths = hparams["wav_augment"](waves, torch.ones(2))
     assert noisy.shape == waves.shape and lengths.tolist() == [1, 1]
@@ -423,9 +423,8 @@ def test_tokenizer_without_bos_and_eos_is_refused_for_attention(tmp_path):
     argv = [str(YAML), "--data_folder=x", f"--output_folder={tmp_path}", *NO_MODEL]
     tokenizer = load_tokenizer(load([*argv, "--token_type=char"]))
     file = f"{tokenizer.prefix_model_file}.model"
-    hparams = seq2seq_hparams(tmp_path, f"--tokenizer_file={file}")
     with pytest.raises(ValueError, match="tokenizer_file .* has bos_index -1, the YAML .* 1"):
-        load_tokenizer(hparams)
+        seq2seq_hparams(tmp_path, f"--tokenizer_file={file}")
     # CTC takes the tokenizer of either.
     own = load_tokenizer(load([*argv, f"--tokenizer_file={file}"]))
     assert own.sp.vocab_size() == tokenizer.sp.vocab_size()

@@ -98,9 +98,9 @@ def prepare_librispeech(
     FileNotFoundError
         If `data_folder` or a split's folder does not exist.
     ValueError
-        If a number is impossible, a split is given twice, but for validation and test, or is empty, a transcript file is
-        malformed, an utterance ID occurs twice, or a file is bad. The message names the split and
-        the file.
+        If a split is given twice, but for validation and test, or is empty, a transcript file is
+        malformed, an utterance ID occurs twice, or a file is bad: the message names the split and
+        the file. Or if a number is impossible.
     OSError
         If a manifest cannot be written. The message names `save_folder` and the reason.
 

@@ -4,8 +4,8 @@ The files have WebDataset's layout: NAME-DIGEST-00000.tar and so on, in each KEY
 an utterance side by side. They are read at known positions, so a data set of them is one like any
 other: random access, sorted or dynamic batches, DDP, and training that resumes within an epoch.
 
-DIGEST is the manifest's, but for the times of its files. Runs of other manifests have other files in the same folder, and none is
-ever deleted or replaced.
+DIGEST is the manifest's, but for the times of its files. Runs of other manifests have other files
+in the same folder, and none is ever deleted or replaced.
 """
 
 import csv

@@ -40,7 +40,6 @@ def prepare_data(hparams):
             f"of {hparams['sample_rate']} Hz: n_fft must be at least that"
         )
     if not hparams["skip_prep"]:
-        find_manifests(hparams)  # refuses what cannot be, before any work
         arguments = (
             "data_folder",
             "save_folder",
@@ -94,6 +93,30 @@ def find_manifests(hparams):
         if names.count(name) > 1:
             raise ValueError(f"test_csv has two manifests of the name {name}: their results, too")
     return hparams["train_csv"], valid, dict(zip(names, test, strict=True))
+
+
+def check_manifests(hparams):
+    """Check that the manifests are there, or will be written by `prepare_data`.
+
+    Raises
+    ------
+    FileNotFoundError
+        Names the key and the file.
+    ValueError
+        See `find_manifests`.
+    """
+    train, valid, test = find_manifests(hparams)
+    written = set()
+    if not hparams["skip_prep"]:
+        save_folder = hparams["save_folder"]
+        splits = (as_list(hparams[f"{kind}_splits"]) for kind in ("train", "dev", "test"))
+        written = {manifest_path(save_folder, split) for names in splits for split in names}
+        written.add(Path(save_folder, "train.csv"))
+    needed = [] if hparams.get("text_file") else [train]
+    for key, paths in (("train_csv", needed), ("valid_csv", valid), ("test_csv", test.values())):
+        for path in map(Path, paths):
+            if path not in written and not path.is_file():
+                raise FileNotFoundError(f"{key} {path} does not exist")
 
 
 def prepare_noise(folder, manifest, sample_rate):
