@@ -242,8 +242,25 @@ def test_noise_of_a_folder_is_added(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("samples", "keep", "reason"),
+    [
+        ([], 1, "it has no samples"),
+        ([0.1] * 800 + [np.nan], 1, "samples that are not finite"),
+        ([0.1] * 800, 0.5, "truncated: "),
+    ],
+)
+def test_bad_noise_is_named(tmp_path, samples, keep, reason):
+    path = tmp_path / "noise.wav"
+    soundfile.write(path, np.array(samples), 16000, subtype="FLOAT")
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(ValueError, match=f"noise_folder: {path}: .*{reason}"):
+        prepare_noise(tmp_path, tmp_path / "noise.csv", 16000, num_workers=0)
+    assert not (tmp_path / "noise.csv").exists()
+
+
+@pytest.mark.parametrize(
     ("rate", "channels", "message"),
-    [(8000, 1, "noise.wav has 8000 Hz and 1 channel"), (16000, 2, "16000 Hz and 2 channel")],
+    [(8000, 1, "noise.wav: 8000 Hz, expected 16000 Hz"), (16000, 2, "noise.wav: 2 channels")],
 )
 def test_unfit_noise_is_named(tmp_path, rate, channels, message):
     soundfile.write(tmp_path / "noise.wav", np.zeros((100, channels)), rate)

@@ -299,7 +299,8 @@ def _check_split(folder, checked, sample_rate, num_workers):
     transcripts, audio = _find(folder)
     words = _read_transcripts(folder.name, transcripts)
     new = [file for file in audio.values() if file not in checked]
-    results = dict(zip(new, _check_files(folder.name, new, num_workers), strict=True))
+    found = check_files(folder.name, [file.path for file in new], num_workers)
+    results = dict(zip(new, found, strict=True))
     rows, bad = [], {}
     for stem, file in audio.items():
         seconds, rate, checksum, reason = results.get(file) or (*checked[file], None)
@@ -339,10 +340,12 @@ def _check_ids(split, rows, taken):
         taken[name] = path
 
 
-def _check_files(split, files, num_workers):
-    """Results of `check_audio`, in the order of the files."""
-    paths = [file.path for file in files]
-    progress = {"desc": f"checking {split}", "unit": "file", "disable": None}
+def check_files(name, paths, num_workers):
+    """Iterate over the results of `check_audio`, in the order of the paths.
+
+    `name` is for the progress bar; for `num_workers` see `prepare_librispeech`.
+    """
+    progress = {"desc": f"checking {name}", "unit": "file", "disable": None}
     if num_workers == 0 or not paths:
         return map(check_audio, tqdm(paths, **progress))
     # Python's default from 3.14 on is a server, which would be the workers' parent.
