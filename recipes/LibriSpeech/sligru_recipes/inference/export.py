@@ -17,6 +17,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.logger import get_logger
 
 from ..training.checkpoints import average_model, checkpoints_to_test
+from ..training.resume import without_anchors
 
 logger = get_logger(__name__)
 
@@ -207,15 +208,8 @@ def _find_tokenizer(save_folder, hparams):
 
 
 def _entries(run_yaml):
-    """Key -> its lines in a run's YAML, without comment lines.
-
-    SpeechBrain saves the YAML of a run with anchors where several keys share an object. They
-    become references to keys again: overriding one, such as `rnn_class`, then has its effect.
-    """
-    for key, anchor in re.findall(r"^(\w+): &(id\d+)\b", run_yaml, re.MULTILINE):
-        run_yaml = re.sub(rf" &{anchor}\b", "", run_yaml)
-        run_yaml = re.sub(rf"\*{anchor}\b", f"!ref <{key}>", run_yaml)
-    lines = re.sub(r"^\s*(#.*)?\n", "", run_yaml, flags=re.MULTILINE)
+    """Key -> its lines in a run's YAML, without comment lines."""
+    lines = re.sub(r"^\s*(#.*)?\n", "", without_anchors(run_yaml), flags=re.MULTILINE)
     found = re.findall(r"^((\w+):.*\n(?:[ -].*\n)*)", lines, re.MULTILINE)
     return {key: entry for entry, key in found}
 

@@ -26,7 +26,14 @@ from torch.utils.data import DataLoader
 from ..files import make_folder, write_text
 from .data import check_manifests
 from .lock import lock_folder
-from .resume import FITTED_SIZE, check_resume, describe, find_references, resolve
+from .resume import (
+    FITTED_SIZE,
+    check_resume,
+    describe,
+    find_references,
+    resolve,
+    without_anchors,
+)
 from .tokenizer import check_tokenizer
 
 logger = get_logger(__name__)
@@ -317,7 +324,7 @@ class Experiment:
             f"# Generated {date.today()} from:\n# {os.path.abspath(self.hparams_file)}\n"
             "# yamllint disable\n"
         )
-        text = header + resolve(self.hparams_file, copy.deepcopy(self.overrides))
+        text = header + without_anchors(resolve(self.hparams_file, copy.deepcopy(self.overrides)))
         for name, content in (
             ("hyperparams.yaml", text),
             ("env.log", get_environment_description()),
