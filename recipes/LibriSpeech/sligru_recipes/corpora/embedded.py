@@ -315,7 +315,7 @@ def _claim_folder(folder, settings):
     path = folder / "settings.json"
     if path.is_file():
         # Versions before 0.2 had one vocabulary, the small one.
-        found = {"vocabulary": "small"} | _read_settings(path)
+        found = {"vocabulary": "small"} | read_settings(path)
         changed = [key for key in settings if found.get(key) != settings[key]]
         if changed:
             differences = ", ".join(
@@ -335,7 +335,8 @@ def _claim_folder(folder, settings):
         write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
-def _read_settings(path):
+def read_settings(path):
+    """The settings.json of a corpus, a dict; a ValueError names it if it is damaged."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
@@ -468,7 +469,7 @@ def speak_known_speakers(folder, corpus, split, utterances, workers=None):
     path = Path(corpus, "settings.json")
     if not path.is_file():
         raise ValueError(f"{corpus} is no corpus of mini_librispeech.py: it has no settings.json")
-    settings = _read_settings(path)
+    settings = read_settings(path)
     for key, here in (("generator", GENERATOR_VERSION), ("espeakng_loader", _engine_version())):
         if settings[key] != here:
             raise ValueError(f"{corpus} was made by {key} {settings[key]}, here it is {here}")

@@ -124,8 +124,10 @@ def export(run_folder, folder=None):
     YAML().dump(inference, text)
     text = HEADER + _needed(entries, text.getvalue()) + "\n" + text.getvalue()
     text += _longest_utterance(_moved(run_folder, hparams, "train_csv"))
-    _check_target(folder, run_folder, save_folder, ["hyperparams.yaml", *files])
+    is_export = _check_target(folder, run_folder, save_folder, ["hyperparams.yaml", *files])
     _write(folder, text, files, average_model(checkpoints) if count > 1 else None)
+    if is_export and "lm.ckpt" not in files:
+        Path(folder, "lm.ckpt").unlink(missing_ok=True)  # of the earlier export
     return folder
 
 
@@ -166,6 +168,7 @@ def _longest_utterance(manifest):
 
 
 def _check_target(folder, run_folder, save_folder, names):
+    """Refuse folders of something else; tells whether there is an earlier export."""
     target = folder.resolve()
     save_folder = save_folder.resolve()
     if target == run_folder.resolve():
@@ -176,10 +179,11 @@ def _check_target(folder, run_folder, save_folder, names):
         raise FileExistsError(f"{folder} is not a folder")
     yaml = target / "hyperparams.yaml"
     if yaml.is_file() and yaml.read_bytes().startswith(HEADER.encode()):
-        return  # an earlier export
+        return True
     for name in names:
         if os.path.lexists(target / name):
             raise FileExistsError(f"{folder} has a {name} that no export made: choose another")
+    return False
 
 
 def _write(folder, yaml, files, model):
