@@ -5,6 +5,7 @@ import csv
 import ctypes
 import functools
 import json
+import logging
 import os
 import random
 import re
@@ -24,7 +25,7 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 
 import mini_librispeech
 import prepare
-from sligru_recipes.corpora import embedded, librispeech
+from sligru_recipes.corpora import embedded, librispeech, shards
 from sligru_recipes.corpora.embedded import (
     ACCENTS,
     DEFAULT_SPLITS,
@@ -795,6 +796,17 @@ def test_impossible_numbers_are_named(small, tmp_path, option, message):
     with pytest.raises(SystemExit, match=f"^prepare: .*{message}$"):
         prepare.main([str(small), str(tmp_path / "new"), "--train", "train-clean-100", option])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_progress_is_lines_without_a_terminal(small, tmp_path, caplog, monkeypatch, workers):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(librispeech, "MINUTES", 0)
+    prepare_librispeech(small, tmp_path, "train-clean-100", num_workers=workers)
+    assert "checking train-clean-100: file 21 of 21" in caplog.messages
+    monkeypatch.setattr(shards, "MINUTES", 0)
+    shards.pack(tmp_path / "train.csv", tmp_path)
+    assert "packing train: file 21 of 21" in caplog.text
 
 
 @pytest.mark.parametrize("workers", ["0", "-1"])

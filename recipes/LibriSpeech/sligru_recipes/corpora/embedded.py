@@ -5,7 +5,9 @@ on what it has said before, so every speaker is spoken in order by a fresh proce
 engine.
 """
 
+import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -13,16 +15,17 @@ import json
 import multiprocessing
 import os
 import random
+import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from tqdm import tqdm
 
 from ..files import partial_path, write_text
 from ..processes import end_with_parent
+from ..progress import MINUTES, Progress
 from .sentences import LargeGrammar, SmallGrammar
 
 SAMPLE_RATE = 16000
@@ -423,11 +426,14 @@ def _speak_missing(folder, speakers, seed, workers):
     if missing:
         with (
             ThreadPoolExecutor(workers or os.cpu_count()) as pool,
-            tqdm(
-                total=sum(len(speaker.sentences) for speaker in missing),
-                desc="synthesising speech",
-                unit="utterance",
-                disable=None,  # without a terminal
+            contextlib.closing(
+                Progress(
+                    "synthesising speech",
+                    sum(len(speaker.sentences) for speaker in missing),
+                    "utterance",
+                    MINUTES,
+                    functools.partial(print, file=sys.stderr, flush=True),
+                )
             ) as progress,
         ):
             tasks = {

@@ -30,10 +30,10 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 from speechbrain.utils.parallel import get_available_cpu_count, parallel_map
-from tqdm import tqdm
 
 from ..files import write_text
 from ..processes import end_with_parent
+from ..progress import MINUTES, Progress
 
 SAMPLE_RATE = 16000  # of LibriSpeech, Hz
 COLUMNS = ("ID", "duration", "wav", "spk_id", "wrd", "sample_rate", "crc32", "size", "mtime_ns")
@@ -341,26 +341,29 @@ def _check_ids(split, rows, taken):
 
 
 def check_files(name, paths, num_workers):
-    """Iterate over the results of `check_audio`, in the order of the paths.
+    """A list of the results of `check_audio`, in the order of the paths.
 
-    `name` is for the progress bar; for `num_workers` see `prepare_librispeech`.
+    `name` is for the progress report; for `num_workers` see `prepare_librispeech`.
     """
-    progress = {"desc": f"checking {name}", "unit": "file", "disable": None}
-    if num_workers == 0 or not paths:
-        return map(check_audio, tqdm(paths, **progress))
-    # Python's default from 3.14 on is a server, which would be the workers' parent.
-    context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else None)
-    workers = num_workers or get_available_cpu_count()
-    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as executor:
-        return list(
-            parallel_map(
-                check_audio,
-                paths,
-                chunk_size=64,
-                executor=executor,
-                progress_bar_kwargs=progress,
+    title, results = f"checking {name}", []
+    with contextlib.ExitStack() as stack:
+        progress = Progress(title, len(paths), "file", MINUTES, logger.info)
+        stack.callback(progress.close)
+        done = map(check_audio, paths)
+        if num_workers != 0 and paths:
+            # Python's default from 3.14 on is a server, which would be the workers' parent.
+            method = "fork" if sys.platform.startswith("linux") else None
+            context = multiprocessing.get_context(method)
+            workers = num_workers or get_available_cpu_count()
+            executor = ProcessPoolExecutor(workers, context, initializer=end_with_parent)
+            stack.enter_context(executor)
+            done = parallel_map(
+                check_audio, paths, chunk_size=64, executor=executor, progress_bar=False
             )
-        )
+        for result in done:
+            results.append(result)
+            progress.update()
+    return results
 
 
 def check_audio(path):

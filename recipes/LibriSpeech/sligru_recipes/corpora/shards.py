@@ -8,6 +8,7 @@ DIGEST is the manifest's, but for the times of its files. Runs of other manifest
 in the same folder, and none is ever deleted or replaced.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -18,10 +19,13 @@ import tarfile
 from pathlib import Path
 
 from speechbrain.dataio import dataio
-from tqdm import tqdm
+from speechbrain.utils.logger import get_logger
 
 from ..files import replacing
+from ..progress import MINUTES, Progress
 from ..training.lock import lock_folder
+
+logger = get_logger(__name__)
 
 SHARD_BYTES = 2**30
 DIGEST_LENGTH = 12  # hexadecimal digits
@@ -85,7 +89,7 @@ def _pack(manifest, packed):
     missing = [path for path in paths if not path.is_file()]
     _check_space(packed.parent, [plan[paths.index(path)] for path in missing])
     title = f"packing {Path(manifest).stem}"
-    with tqdm(total=len(rows), desc=title, unit="file", disable=None) as progress:
+    with contextlib.closing(Progress(title, len(rows), "file", MINUTES, logger.info)) as progress:
         for path, utterances in zip(paths, plan, strict=True):
             if path in missing:
                 _write_shard(path, utterances)
