@@ -232,6 +232,9 @@ def test_pairs_that_are_none_are_refused(training_report):
 def test_bad_arguments_end_in_one_line(compare_training, tmp_path, capsys, monkeypatch):
     assert compare_training.main([str(tmp_path / "out"), f"--data_folder={tmp_path}"]) == 2
     assert "--data_folder" in capsys.readouterr().err
+    (tmp_path / "settings.json").write_text("{")
+    assert compare_training.main([str(tmp_path / "out"), f"--data_folder={tmp_path}"]) == 2
+    assert f"{tmp_path}/settings.json is damaged" in capsys.readouterr().err
     monkeypatch.setattr(compare_training.torch.cuda, "device_count", lambda: 0)
     for argument in ("--seeds=0", "--gpus=1", "--tf32=on"):
         with pytest.raises(SystemExit):

@@ -141,8 +141,9 @@ def test_damaged_manifest_is_named(noise, tmp_path, content):
     prepare_librispeech(noise, tmp_path / "save", TRAIN, DEV, TEST, num_workers=0)
     path = tmp_path / "save/damaged.csv"
     path.write_bytes(content.encode("latin-1"))
-    message = complaint(arguments(noise, tmp_path, f"--test_csv={path}"))
-    assert str(path) in message
+    for shards in ((), (f"--shard_folder={tmp_path}/shards",)):
+        message = complaint(arguments(noise, tmp_path, f"--test_csv={path}", *shards))
+        assert str(path) in message
 
 
 # Rates

@@ -259,6 +259,14 @@ def test_export_beside_other_files_and_again(run, exported, tmp_path):
     expected = {path.name: text for path, text in contents(exported).items()}
     found = {path.name: text for path, text in contents(tmp_path).items()}
     assert found == expected | {"notes.txt": b"mine"}
+    # Also where the earlier one had a language model; a file of that name alone is the user's.
+    (tmp_path / "lm.ckpt").write_text("earlier")
+    export(run, tmp_path)
+    assert not (tmp_path / "lm.ckpt").exists()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/lm.ckpt").write_text("mine")
+    export(run, tmp_path / "new")
+    assert (tmp_path / "new/lm.ckpt").read_text() == "mine"
 
 
 def test_full_disk_leaves_the_earlier_export(run, tmp_path, monkeypatch):

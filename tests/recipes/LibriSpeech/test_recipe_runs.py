@@ -381,14 +381,28 @@ def test_key_given_twice_is_named(own_noise, tmp_path):
         ("--rnn_class={{rho: 0.9}}", "rnn_class has no arguments in"),
         ("--rnn_class=!name:sligru.SLiGRU", "There is no such entity as sligru.SLiGRU"),
         ("--rnn_class=!new:torch.nn.LSTM", "librispeech_ctc.yaml: Invalid argument to class"),
-        ("--opt_class={{rhoo: 1}}", "opt_class, lr: "),
-        ("--lr=-1", "opt_class, lr: Invalid learning rate: -1"),
-        ("--batch_size=0", "batch_size must be at least 1, got 0"),
-        ("--max_batch_length=0", "max_batch_length must be at least 0.1, got 0"),
-        ("--num_workers=-1", "num_workers must be at least 0, got -1"),
-        ("--number_of_epochs=-1", "number_of_epochs must be at least 0, got -1"),
-        ("--test_csv={0}/none.csv", "test_csv {0}/none.csv does not exist or is no file"),
-        ("--avg_checkpoints=0", "avg_checkpoints must be at least 1, got 0"),
+        ("--avg_checkpoints=0", "avg_checkpoints must be a whole number, at least 1, got 0"),
+        ("--avg_checkpoints=2.5", "avg_checkpoints must be a whole number, at least 1, got 2.5"),
+        ("--num_workers=-1", "num_workers must be a whole number, at least 0, got -1"),
+        ("--time_pooling_size=0", "time_pooling_size must be a whole number, at least 1, got 0"),
+        ("--hop_length=0", "hop_length must be above 0, got 0"),
+        ("--grad_accumulation_factor=0", "grad_accumulation_factor must be a whole number"),
+        ("--batch_size=0", "batch_size must be a whole number, at least 1, got 0"),
+        ("--number_of_epochs=-1", "number_of_epochs must be a whole number, at least 0, got -1"),
+        ("--max_batch_length=0", "max_batch_length must be above 0, got 0"),
+        ("--opt_class={{momentum: 0.9}}", "opt_class: Adadelta.__init__() got an unexpected"),
+        ("--opt_class=!name:torch.nn.Linear", "opt_class: "),
+        ("--opt_class=!name:torch.optim.LBFGS", "opt_class: LBFGS needs a closure"),
+        ("--lr=-1.0", "opt_class: Invalid learning rate: -1.0"),
+        ("--train_dataloader_opts={{workers: 1}}", "train_dataloader_opts: got an unexpected"),
+        ("--dynamic_batch_sampler={{size: 1}}", "dynamic_batch_sampler: got an unexpected"),
+        ("--cnn_blocks=3", "the model cannot be built: list index out of range (CRDNN.py: "),
+        ("--token_type=word", "token_type must be one of unigram, bpe, char, got 'word'"),
+        ("--tokenizer_file={0}/noise.txt", "tokenizer_file {0}/noise.txt is damaged, or no Sent"),
+        ("--test_csv={0}/none.csv", "test_csv {0}/none.csv does not exist"),
+        ("--valid_csv=[{0}/none.csv]", "valid_csv {0}/none.csv does not exist"),
+        ("--train_csv={0}/none.csv", "train_csv {0}/none.csv does not exist"),
+        ("--skip_prep=True", "train.csv does not exist"),
         ("--device=gpu", "--device=gpu: it must be such as cpu or cuda:0"),
         ("--device=cuda:99", "--device=cuda:99: "),
         (
@@ -398,8 +412,12 @@ def test_key_given_twice_is_named(own_noise, tmp_path):
     ],
 )
 def test_what_cannot_be_is_named_before_any_work(own_noise, tmp_path, argument, message):
-    argv = [*bad_input_arguments(own_noise, tmp_path), *argument.format(tmp_path).split(" --")]
-    argv = [a if str(a).startswith(("--", "/")) else f"--{a}" for a in argv]
+    (tmp_path / "noise.txt").write_bytes(b"\x0enoise")
+    given = [f"--{a}" for a in argument.format(tmp_path).removeprefix("--").split(" --")]
+    keys = {a.partition("=")[0] for a in given}
+    argv = [
+        a for a in bad_input_arguments(own_noise, tmp_path) if str(a).partition("=")[0] not in keys
+    ] + given
     assert message.format(tmp_path) in complaint(argv)
     assert list((tmp_path / "output").rglob("*.csv")) == []  # nothing was prepared
 
@@ -477,7 +495,27 @@ def test_group_of_processes_is_left_at_the_end(tmp_path):
 def test_output_folder_that_cannot_be_made_is_named(own_noise, tmp_path):
     (tmp_path / "output").write_text("a file")
     message = complaint(bad_input_arguments(own_noise, tmp_path))
-    assert f"{tmp_path}/output" in message
+    assert f"save_folder cannot be made: Not a directory: '{tmp_path}/output/save'" in message
+    argv = [*bad_input_arguments(own_noise, tmp_path)[:-1], f"--output_folder={tmp_path}/run"]
+    for key in ("shard_folder", "output_wer_folder"):
+        message = complaint([*argv, f"--{key}={tmp_path}/output/in/a/file"])
+        assert f"{key} cannot be made: Not a directory" in message
+    assert list((tmp_path / "run").rglob("*.csv")) == []
+
+
+def test_folders_of_results_are_made_at_the_start(own_noise, tmp_path):
+    argv = [*bad_input_arguments(own_noise, tmp_path), "--number_of_epochs=1"]
+    argv += [f"--output_wer_folder={tmp_path}/wer/1", f"--train_log={tmp_path}/log/1/train.txt"]
+    train_ctc.main([str(argument) for argument in argv])
+    assert (tmp_path / "wer/1/wer_test-clean.txt").is_file()
+    assert (tmp_path / "log/1/train.txt").is_file()
+
+
+def test_blank_is_the_unknown_token(own_noise, tmp_path):
+    """Another would be a letter that is never written."""
+    argv = [*bad_input_arguments(own_noise, tmp_path), "--blank_index=3"]
+    message = "tokenizer has blank_index 0, the YAML has blank_index 3: the blank is the unknown"
+    assert message in complaint(argv)
 
 
 def test_unknown_key_is_named_by_the_script(own_noise, tmp_path):

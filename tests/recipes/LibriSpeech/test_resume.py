@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ruamel.yaml
 import sentencepiece
+import speechbrain
 import torch
 from recorded_run import then
 from speechbrain.utils.checkpoints import Checkpointer
@@ -23,6 +24,7 @@ import train_ctc
 from sligru_recipes.corpora.librispeech import prepare_librispeech
 from sligru_recipes.lock import lock_folder
 from sligru_recipes.training.brain import RecipeBrain
+from sligru_recipes.training.experiment import load_hparams
 
 pytestmark = pytest.mark.usefixtures("environment_described_once", "one_thread")
 
@@ -278,6 +280,16 @@ def test_vocabulary_that_was_sized_down_goes_on(noise, tmp_path):
     )
     train_ctc.main([str(tmp_path / "hyperparams.yaml"), "--device=cpu"])
     assert "all 2 epochs are done" in said(tmp_path)
+
+
+def test_saved_yaml_can_be_read(noise, tmp_path):
+    """By HyperPyYAML, whose anchors of shared objects are in the way of each other."""
+    train(arguments(noise, tmp_path, "--number_of_epochs=1"))
+    yaml = str(tmp_path / "hyperparams.yaml")
+    assert train([yaml, "--device=cpu", "--noprogressbar"]) == {}
+    rnn_class = ruamel.yaml.YAML().load("!name:speechbrain.nnet.RNN.SLiGRU")
+    rnn = load_hparams(yaml, {"rnn_class": rnn_class})["model"][0].RNN
+    assert type(rnn) is speechbrain.nnet.RNN.SLiGRU
 
 
 def test_debugging_leaves_a_run_alone(noise, run_folder):

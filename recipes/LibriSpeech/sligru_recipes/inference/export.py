@@ -17,6 +17,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.logger import get_logger
 
 from ..training.checkpoints import average_model, checkpoints_to_test
+from ..training.resume import without_anchors
 
 logger = get_logger(__name__)
 
@@ -123,8 +124,10 @@ def export(run_folder, folder=None):
     YAML().dump(inference, text)
     text = HEADER + _needed(entries, text.getvalue()) + "\n" + text.getvalue()
     text += _longest_utterance(_moved(run_folder, hparams, "train_csv"))
-    _check_target(folder, run_folder, save_folder, ["hyperparams.yaml", *files])
+    is_export = _check_target(folder, run_folder, save_folder, ["hyperparams.yaml", *files])
     _write(folder, text, files, average_model(checkpoints) if count > 1 else None)
+    if is_export and "lm.ckpt" not in files:
+        Path(folder, "lm.ckpt").unlink(missing_ok=True)  # of the earlier export
     return folder
 
 
@@ -165,6 +168,7 @@ def _longest_utterance(manifest):
 
 
 def _check_target(folder, run_folder, save_folder, names):
+    """Refuse folders of something else; tells whether there is an earlier export."""
     target = folder.resolve()
     save_folder = save_folder.resolve()
     if target == run_folder.resolve():
@@ -175,10 +179,11 @@ def _check_target(folder, run_folder, save_folder, names):
         raise FileExistsError(f"{folder} is not a folder")
     yaml = target / "hyperparams.yaml"
     if yaml.is_file() and yaml.read_bytes().startswith(HEADER.encode()):
-        return  # an earlier export
+        return True
     for name in names:
         if os.path.lexists(target / name):
             raise FileExistsError(f"{folder} has a {name} that no export made: choose another")
+    return False
 
 
 def _write(folder, yaml, files, model):
@@ -207,15 +212,8 @@ def _find_tokenizer(save_folder, hparams):
 
 
 def _entries(run_yaml):
-    """Key -> its lines in a run's YAML, without comment lines.
-
-    SpeechBrain saves the YAML of a run with anchors where several keys share an object. They
-    become references to keys again: overriding one, such as `rnn_class`, then has its effect.
-    """
-    for key, anchor in re.findall(r"^(\w+): &(id\d+)\b", run_yaml, re.MULTILINE):
-        run_yaml = re.sub(rf" &{anchor}\b", "", run_yaml)
-        run_yaml = re.sub(rf"\*{anchor}\b", f"!ref <{key}>", run_yaml)
-    lines = re.sub(r"^\s*(#.*)?\n", "", run_yaml, flags=re.MULTILINE)
+    """Key -> its lines in a run's YAML, without comment lines."""
+    lines = re.sub(r"^\s*(#.*)?\n", "", without_anchors(run_yaml), flags=re.MULTILINE)
     found = re.findall(r"^((\w+):.*\n(?:[ -].*\n)*)", lines, re.MULTILINE)
     return {key: entry for entry, key in found}
 

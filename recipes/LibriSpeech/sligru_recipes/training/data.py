@@ -3,7 +3,6 @@
 import csv
 from pathlib import Path
 
-import soundfile
 import speechbrain as sb
 import torch
 from speechbrain.dataio.sampler import DynamicBatchSampler
@@ -11,7 +10,7 @@ from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
 from ..corpora import shards
-from ..corpora.librispeech import as_list, manifest_path, prepare_librispeech
+from ..corpora.librispeech import as_list, check_files, manifest_path, prepare_librispeech
 from ..files import replacing
 from .tokenizer import check_alignable, check_characters, encode
 
@@ -40,7 +39,6 @@ def prepare_data(hparams):
             f"of {hparams['sample_rate']} Hz: n_fft must be at least that"
         )
     if not hparams["skip_prep"]:
-        find_manifests(hparams)  # refuses what cannot be, before any work
         arguments = (
             "data_folder",
             "save_folder",
@@ -57,10 +55,11 @@ def prepare_data(hparams):
     if hparams.get("shard_folder"):
         train, valid, test = find_manifests(hparams)
         for manifest in (train, *valid, *test.values()):
+            load_manifest(manifest)  # names one that is damaged
             run_on_main(shards.pack, [manifest, hparams["shard_folder"]])
     if hparams.get("noise_folder"):
-        arguments = (hparams["noise_folder"], hparams["noise_csv"], hparams["sample_rate"])
-        run_on_main(prepare_noise, arguments)
+        arguments = ("noise_folder", "noise_csv", "sample_rate", "num_workers")
+        run_on_main(prepare_noise, [hparams[name] for name in arguments])
 
 
 def find_manifests(hparams):
@@ -96,15 +95,42 @@ def find_manifests(hparams):
     return hparams["train_csv"], valid, dict(zip(names, test, strict=True))
 
 
-def prepare_noise(folder, manifest, sample_rate):
+def check_manifests(hparams):
+    """Check that the manifests are there, or will be written by `prepare_data`.
+
+    Raises
+    ------
+    FileNotFoundError
+        Names the key and the file.
+    ValueError
+        See `find_manifests`.
+    """
+    train, valid, test = find_manifests(hparams)
+    written = set()
+    if not hparams["skip_prep"]:
+        save_folder = hparams["save_folder"]
+        splits = (as_list(hparams[f"{kind}_splits"]) for kind in ("train", "dev", "test"))
+        written = {manifest_path(save_folder, split) for names in splits for split in names}
+        written.add(Path(save_folder, "train.csv"))
+    needed = [] if hparams.get("text_file") else [train]
+    for key, paths in (("train_csv", needed), ("valid_csv", valid), ("test_csv", test.values())):
+        for path in map(Path, paths):
+            if path not in written and not path.is_file():
+                raise FileNotFoundError(f"{key} {path} does not exist or is no file")
+
+
+def prepare_noise(folder, manifest, sample_rate, num_workers=None):
     """Write the manifest of a folder of noises, in the form that AddNoise reads.
+
+    `num_workers` processes decode each file, as for `prepare_librispeech`.
 
     Raises
     ------
     FileNotFoundError
         If `folder` holds no WAV or FLAC file, at any depth. Hidden ones do not count.
     ValueError
-        If one of them cannot be read, is not at `sample_rate` (Hz) or not mono.
+        If one of them cannot be decoded, is empty, has samples that are not finite, is not at
+        `sample_rate` (Hz) or not mono.
     """
     paths = sorted(
         path
@@ -119,17 +145,14 @@ def prepare_noise(folder, manifest, sample_rate):
     ):
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(("ID", "duration", "wav", "wav_format", "wav_opts"))
-        for number, path in enumerate(paths):
-            try:
-                audio = soundfile.info(path)
-            except soundfile.LibsndfileError as error:
-                raise ValueError(f"noise_folder: {path}: {error.error_string}") from error
-            if (audio.samplerate, audio.channels) != (sample_rate, 1):
-                raise ValueError(
-                    f"noise_folder: {path} has {audio.samplerate} Hz and {audio.channels} "
-                    f"channel(s), expected {sample_rate} Hz (sample_rate) and 1"
-                )
-            rows.writerow((number, audio.duration, path.resolve(), path.suffix[1:], ""))
+        results = check_files("noise", paths, num_workers)
+        for number, (path, result) in enumerate(zip(paths, results, strict=True)):
+            seconds, rate, _, reason = result
+            if not reason and rate != sample_rate:
+                reason = f"{rate} Hz, expected {sample_rate} Hz (sample_rate)"
+            if reason:
+                raise ValueError(f"noise_folder: {path}: {reason}")
+            rows.writerow((number, seconds, path.resolve(), path.suffix[1:], ""))
 
 
 def load_manifest(path):

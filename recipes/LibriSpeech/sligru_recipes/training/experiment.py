@@ -4,10 +4,12 @@ import contextlib
 import copy
 import dataclasses
 import filecmp
+import inspect
 import json
 import os
 import re
 import sys
+import traceback
 from datetime import date
 from pathlib import Path
 
@@ -15,28 +17,47 @@ import ruamel.yaml
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 from speechbrain.utils.logger import get_environment_description, get_logger
 from speechbrain.utils.run_opts import RunOptions
+from torch.utils.data import DataLoader
 
-from ..files import write_text
+from ..files import make_folder, write_text
 from ..lock import lock_folder
-from .resume import FITTED_SIZE, check_resume, describe, find_references, resolve
+from .data import check_manifests
+from .resume import (
+    FITTED_SIZE,
+    check_resume,
+    describe,
+    find_references,
+    resolve,
+    without_anchors,
+)
+from .tokenizer import check_tokenizer
 
 logger = get_logger(__name__)
 
 GZIP = b"\x1f\x8b"
-LEAST = {
-    "avg_checkpoints": 1,
-    "batch_size": 1,
-    "max_batch_length": 0.1,
-    "num_workers": 0,
-    "number_of_epochs": 0,
-}
 # Keys of paths, and what a shell would have replaced in them: YAML does not, nor does a shell
 # within quotes or after `--KEY=`.
 PATH_KEY = re.compile(r"_(folder|file|csv|log)$|^train_log$")
 UNEXPANDED = re.compile(r"\$\w+|\$\{\w+\}|^~")
+# What numbers must be at least, as whole ones, ...
+LEAST = dict.fromkeys(
+    (
+        *("batch_size", "num_buckets", "avg_checkpoints", "sample_rate", "n_fft", "n_mels"),
+        *("time_pooling_size", "rnn_layers", "rnn_neurons", "dnn_neurons", "vocab_size"),
+        *("emb_size", "dec_neurons", "attn_dim", "attn_channels", "attn_kernel_size"),
+        *("lm_emb_size", "lm_rnn_layers", "lm_rnn_neurons", "lm_dnn_neurons", "test_beam_size"),
+        "grad_accumulation_factor",
+    ),
+    1,
+) | dict.fromkeys(("num_workers", "number_of_epochs", "number_of_ctc_epochs"), 0)
+# ... and above 0.
+POSITIVE = ("max_batch_length", "hop_length", "max_decode_ratio")
+SHARES = ("ctc_weight", "ctc_weight_decode")  # from 0 to 1
+TOKEN_TYPES = ("unigram", "bpe", "char")
 # Folders that hold weights -> who makes them.
 MADE_BY = {
     "lm_folder": "run train_lm.py",
@@ -58,11 +79,12 @@ def parse_arguments(argv=None):
     Raises
     ------
     ValueError
-        If a key is given twice, or its value is not YAML, or the device cannot be used.
+        If a key is given twice, or its value is not YAML, or the device or a number is impossible.
     """
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     if run_opts["device"] is not None:
         check_device(run_opts["device"])
+    check_numbers(run_opts.as_dict())
     yaml = ruamel.yaml.YAML()  # keeps tags such as !name: as they are
     try:
         overrides = yaml.load(overrides) or {}
@@ -130,17 +152,57 @@ def load_hparams(hparams_file, overrides):
                     f"{key}: an override that has arguments keeps the class of {hparams_file}, "
                     f"{own}; give {other} without arguments, or change that file"
                 )
-    check_values(ruamel.yaml.YAML().load(resolve(hparams_file, copy.deepcopy(overrides))))
+    values = ruamel.yaml.YAML().load(resolve(hparams_file, copy.deepcopy(overrides)))
+    check_values(values)
+    make_folder(values["save_folder"], "save_folder")  # else the checkpointer does, without a name
     try:
         with open(hparams_file, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, copy.deepcopy(overrides))
     except (ImportError, TypeError) as error:  # the latter with the class as first argument
         raise ValueError(f"{hparams_file}: {', '.join(map(str, error.args))}") from error
-    try:
-        hparams["opt_class"]([torch.nn.Parameter(torch.zeros(1))], lr=hparams["lr"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"opt_class, lr: {error}") from error
+    except (ArithmeticError, IndexError, RuntimeError) as error:  # such as too few cnn_channels
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"{hparams_file}: the model cannot be built: {error} "
+            f"({os.path.basename(place.filename)}: {place.line})"
+        ) from error
+    check_arguments(hparams)
     return hparams
+
+
+def check_arguments(hparams):
+    """Check what is called with arguments of the YAML later on.
+
+    Raises
+    ------
+    ValueError
+        Names the key whose class does not take them.
+    """
+    try:
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        optimizer = hparams["opt_class"]([parameter], lr=hparams["lr"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"opt_class: {one_line(error)}") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"opt_class: {type(optimizer).__name__} is no torch.optim.Optimizer")
+    if "closure" in _required(optimizer.step):
+        raise ValueError(f"opt_class: {type(optimizer).__name__} needs a closure, which none has")
+    for key, function in (
+        ("dynamic_batch_sampler", DynamicBatchSampler),
+        ("train_dataloader_opts", DataLoader),
+        ("valid_dataloader_opts", DataLoader),
+        ("test_dataloader_opts", DataLoader),
+    ):
+        if key in hparams:  # a language model's YAML has no dynamic batches
+            try:
+                inspect.signature(function).bind(None, **hparams[key])  # None: a data set
+            except TypeError as error:
+                raise ValueError(f"{key}: {error}") from error
+
+
+def _required(function):
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty]
 
 
 def _tag(node):
@@ -164,19 +226,24 @@ def check_values(values):
                 start, _, _ = path[found.end() :].partition("/")
                 if not os.path.exists(path[: found.end()] + start):  # it may be called so
                     raise ValueError(f"{key} {path}: {found[0]} is not expanded here; write it out")
-    for key in ("tokenizer_file", "text_file", "valid_csv", "test_csv"):
-        paths = values.get(key) or []
-        for path in paths if isinstance(paths, list) else [paths]:
-            if not os.path.isfile(path) and os.path.dirname(path) != values["save_folder"]:
-                raise FileNotFoundError(f"{key} {path} does not exist or is no file")
-    for key, least in LEAST.items():
-        if values.get(key, least) < least:
-            raise ValueError(f"{key} must be at least {least}, got {values[key]}")
+    check_numbers(values)
+    if values["token_type"] not in TOKEN_TYPES:
+        raise ValueError(
+            f"token_type must be one of {', '.join(TOKEN_TYPES)}, got {values['token_type']!r}"
+        )
+    for key in ("tokenizer_file", "text_file"):
+        path = values.get(key)
+        if path and not os.path.isfile(path):
+            raise FileNotFoundError(f"{key} {path} does not exist or is no file")
+    given = values["tokenizer_file"]
+    if given:
+        check_tokenizer(given, values, f"tokenizer_file {given}")
     text_file = values.get("text_file")
     if text_file:
         with open(text_file, "rb") as file:
             if file.read(len(GZIP)) == GZIP:
                 raise ValueError(f"text_file {text_file} is compressed: unpack it by gunzip")
+    check_manifests(values)
     folders = {"lm_folder": ("lm", "tokenizer"), "noise_folder": ()}
     pretrained = values.get("pretrained_folder")
     if pretrained:
@@ -189,12 +256,25 @@ def check_values(values):
             if not os.path.isfile(os.path.join(folder, f"{name}.ckpt")):
                 raise FileNotFoundError(f"{key} {folder} has no {name}.ckpt: {MADE_BY[key]}")
     if pretrained:
-        given, theirs = values["tokenizer_file"], os.path.join(pretrained, "tokenizer.ckpt")
+        theirs = os.path.join(pretrained, "tokenizer.ckpt")
         if not given or not filecmp.cmp(given, theirs, shallow=False):
             raise ValueError(
                 f"pretrained_folder {pretrained} needs its own tokenizer: "
                 f"set tokenizer_file to {theirs}"
             )
+
+
+def check_numbers(values):
+    """Raise ValueError if a number is impossible; `values` are keys or run options."""
+    for key, value in values.items():
+        if not isinstance(value, int | float):
+            continue
+        if key in LEAST and not (isinstance(value, int) and value >= LEAST[key]):
+            raise ValueError(f"{key} must be a whole number, at least {LEAST[key]}, got {value}")
+        if key in POSITIVE and not value > 0:
+            raise ValueError(f"{key} must be above 0, got {value}")
+        if key in SHARES and not 0 <= value <= 1:
+            raise ValueError(f"{key} must be from 0 to 1, got {value}")
 
 
 @dataclasses.dataclass
@@ -244,7 +324,7 @@ class Experiment:
             f"# Generated {date.today()} from:\n# {os.path.abspath(self.hparams_file)}\n"
             "# yamllint disable\n"
         )
-        text = header + resolve(self.hparams_file, copy.deepcopy(self.overrides))
+        text = header + without_anchors(resolve(self.hparams_file, copy.deepcopy(self.overrides)))
         for name, content in (
             ("hyperparams.yaml", text),
             ("env.log", get_environment_description()),
@@ -285,6 +365,7 @@ def start_experiment(argv, script):
         if if_main_process():
             stack.enter_context(lock_folder(folder))
             changed = _check_checkpoint(experiment)
+            _make_folders(hparams)
         sb.create_experiment_directory(folder, save_env_desc=False)
         if changed:
             logger.info(f"The run that is here goes on with other settings: {changed}")
@@ -310,6 +391,18 @@ def run_options_of_the_yaml(hparams_file, run_opts):
             )
         found["ckpt_interval_minutes"] = 0  # not that of the YAML
     return found
+
+
+def _make_folders(hparams):
+    """For what is written later, some of it after the last epoch."""
+    for key, folder in (
+        ("output_wer_folder", hparams.get("output_wer_folder")),
+        ("shard_folder", hparams.get("shard_folder")),
+        ("train_log", os.path.dirname(hparams["train_log"])),
+        ("noise_csv", os.path.dirname(hparams.get("noise_csv", ""))),
+    ):
+        if folder:
+            make_folder(folder, key)
 
 
 def _check_checkpoint(experiment):

@@ -44,6 +44,19 @@ def resolve(hparams_file, overrides):
         return resolve_references(file, overrides).getvalue()
 
 
+def without_anchors(text):
+    """A resolved YAML with references to keys again where several keys share an object.
+
+    HyperPyYAML writes anchors there. It cannot read all that it writes, as the anchors of strings
+    keep their names, which others then get too; and overriding a key such as `rnn_class` would
+    change the key alone.
+    """
+    for key, anchor in re.findall(r"^(\w+): &(id\d+)\b", text, re.MULTILINE):
+        text = re.sub(rf" &{anchor}\b", "", text)
+        text = re.sub(rf"\*{anchor}\b", f"!ref <{key}>", text)
+    return text
+
+
 def describe(hparams_file, overrides):
     """The settings that a checkpoint notes: key -> value as text, or the digest of a long one."""
     settings = {}
