@@ -798,6 +798,12 @@ def test_wrong_folders_end_in_one_line(run, audio, tmp_path):
             transcribe_files([str(folder), str(audio[0])])
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
+def test_devices_that_cannot_be_used_are_named(exported, audio, device):
+    with pytest.raises(SystemExit, match=f"^transcribe: --device={device}: [^\n]+$"):
+        transcribe_files([str(exported), str(audio[0]), f"--device={device}"])
+
+
 @pytest.mark.parametrize("option", ["--max_batch_length", "--max_segment_length"])
 @pytest.mark.parametrize("value", ["-1", "0", "nan", "many"])
 def test_lengths_are_positive(option, value, capsys):

@@ -405,6 +405,8 @@ def test_key_given_twice_is_named(own_noise, tmp_path):
         ("--skip_prep=True", "train.csv does not exist"),
         ("--device=gpu", "--device=gpu: it must be such as cpu or cuda:0"),
         ("--device=cuda:99", "--device=cuda:99: "),
+        ("--device=meta", "--device=meta: PyTorch cannot compute on it here"),
+        ("--device=vulkan", "--device=vulkan: PyTorch cannot compute on it here"),
         (
             "--ckpt_interval_steps=5 --ckpt_interval_minutes=5",
             "ckpt_interval_steps and ckpt_interval_minutes exclude each other",

@@ -62,16 +62,15 @@ def pack(manifest, folder):
     ValueError
         If the manifest has no utterance.
     """
-    folder = Path(folder)
-    packed = packed_manifest(manifest, folder)
-    if not _is_complete(packed):
+    if not is_packed(manifest, folder):
         with lock_folder(folder, "shard_folder", LOCK_FILE, wait=True):
-            if not _is_complete(packed):
-                _pack(manifest, packed)
+            if not is_packed(manifest, folder):
+                _pack(manifest, packed_manifest(manifest, folder))
 
 
-def _is_complete(packed):
-    """Whether all shards are where their manifest says."""
+def is_packed(manifest, folder):
+    """Whether all shards are where the manifest of them says."""
+    packed = packed_manifest(manifest, folder)
     if not packed.is_file():
         return False
     with open(packed, newline="", encoding="utf-8") as file:

@@ -1,6 +1,7 @@
 """Manifests, datasets and batches of a recipe, by the keys of its YAML."""
 
 import csv
+import os
 from pathlib import Path
 
 import speechbrain as sb
@@ -20,24 +21,21 @@ logger = get_logger(__name__)
 LENGTH_TOLERANCE = 0.05
 # Of the encoder. One is too few for BatchNorm in training, if the utterance is a batch of its own.
 MIN_FRAMES = 2
+MISSING = "have no audio file"
 
 
 def prepare_data(hparams):
     """Write the manifests of the splits, unless `skip_prep` says that they are there.
 
-    Shards and the manifest of noises are written too, if the YAML has folders for them.
+    Shards and the manifest of noises are written too, if the YAML has folders for them. Manifests
+    that are there already are checked before.
 
     Raises
     ------
-    ValueError
-        If the features are impossible at `sample_rate`; else see what is called.
+    OSError, ValueError
+        See what is called.
     """
-    stft = getattr(hparams.get("compute_features"), "compute_STFT", None)
-    if stft and stft.n_fft < stft.win_length:
-        raise ValueError(
-            f"n_fft is {stft.n_fft} samples, but a window has {stft.win_length} at a sample_rate "
-            f"of {hparams['sample_rate']} Hz: n_fft must be at least that"
-        )
+    run_on_main(check_given_manifests, [hparams])
     if not hparams["skip_prep"]:
         arguments = (
             "data_folder",
@@ -55,8 +53,12 @@ def prepare_data(hparams):
     if hparams.get("shard_folder"):
         train, valid, test = find_manifests(hparams)
         for manifest in (train, *valid, *test.values()):
-            load_manifest(manifest)  # names one that is damaged
             run_on_main(shards.pack, [manifest, hparams["shard_folder"]])
+    prepare_noises(hparams)
+
+
+def prepare_noises(hparams):
+    """Write the manifest of noises, if the YAML has a folder of them."""
     if hparams.get("noise_folder"):
         arguments = ("noise_folder", "noise_csv", "sample_rate", "num_workers")
         run_on_main(prepare_noise, [hparams[name] for name in arguments])
@@ -95,16 +97,8 @@ def find_manifests(hparams):
     return hparams["train_csv"], valid, dict(zip(names, test, strict=True))
 
 
-def check_manifests(hparams):
-    """Check that the manifests are there, or will be written by `prepare_data`.
-
-    Raises
-    ------
-    FileNotFoundError
-        Names the key and the file.
-    ValueError
-        See `find_manifests`.
-    """
+def given_manifests(hparams):
+    """Key and path of each manifest that is read and that `prepare_data` does not write."""
     train, valid, test = find_manifests(hparams)
     written = set()
     if not hparams["skip_prep"]:
@@ -115,8 +109,43 @@ def check_manifests(hparams):
     needed = [] if hparams.get("text_file") else [train]
     for key, paths in (("train_csv", needed), ("valid_csv", valid), ("test_csv", test.values())):
         for path in map(Path, paths):
-            if path not in written and not path.is_file():
-                raise FileNotFoundError(f"{key} {path} does not exist or is no file")
+            if path not in written:
+                yield key, path
+
+
+def find_given_manifests(hparams):
+    """Check that the manifests which `prepare_data` does not write are there.
+
+    Raises
+    ------
+    FileNotFoundError
+        Names the key and the file.
+    ValueError
+        See `find_manifests`.
+    """
+    for key, path in given_manifests(hparams):
+        if not path.is_file():
+            raise FileNotFoundError(f"{key} {path} does not exist or is no file")
+
+
+def check_given_manifests(hparams):
+    """Check the manifests that `prepare_data` does not write, and that their audio files exist.
+
+    Not where shards have the audio, nor for a language model, which needs none; `skip_bad_files`
+    leaves out what is missing later on.
+
+    Raises
+    ------
+    ValueError
+        If one is damaged, or files are missing; names the key, the manifest and a file.
+    """
+    shard_folder = hparams.get("shard_folder")
+    for key, path in given_manifests(hparams):
+        rows = load_manifest(str(path))
+        if hparams["skip_bad_files"] or "sample_rate" not in hparams:
+            continue
+        if not (shard_folder and shards.is_packed(path, shard_folder)):
+            leave_out(f"{key} {path}", rows, find_missing(rows), MISSING, False)
 
 
 def prepare_noise(folder, manifest, sample_rate, num_workers=None):
@@ -176,27 +205,41 @@ def load_manifest(path):
     return rows
 
 
-def leave_out_short(path, rows, seconds, skip_bad_files):
-    """The rows of a manifest without utterances that are shorter than MIN_FRAMES.
+def leave_out(source, rows, bad, reason, skip_bad_files):
+    """The rows of a manifest without bad ones.
+
+    Arguments
+    ---------
+    source : str
+        What messages call the manifest.
+    rows : dict
+        As `load_manifest` returns them.
+    bad : dict
+        ID -> what to tell of the utterance.
+    reason : str
+        What is wrong with them, a verb first.
+    skip_bad_files : bool
 
     Raises
     ------
     ValueError
-        If there are such, and not `skip_bad_files`; or no others.
+        If there are bad ones, and not `skip_bad_files`; or no others.
     """
-    short = [name for name, row in rows.items() if row["duration"] < seconds]
-    if not short:
+    if not bad:
         return rows
-    message = (
-        f"{path}: {len(short)} utterances (such as {short[0]}, {rows[short[0]]['duration']:g} s) "
-        f"are shorter than {MIN_FRAMES} encoder frames ({seconds:g} s)"
-    )
+    name, about = next(iter(bad.items()))
+    message = f"{source}: {len(bad)} utterances (such as {name}, {about}) {reason}"
     if not skip_bad_files:
         raise ValueError(f"{message}; remove them or set skip_bad_files")
-    if len(short) == len(rows):
+    if len(bad) == len(rows):
         raise ValueError(message)
     logger.warning(f"{message}: left out")
-    return {name: row for name, row in rows.items() if name not in set(short)}
+    return {name: row for name, row in rows.items() if name not in bad}
+
+
+def find_missing(rows):
+    """ID -> path of the audio files of a manifest that do not exist."""
+    return {name: row["wav"] for name, row in rows.items() if not os.path.isfile(row["wav"])}
 
 
 def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
@@ -226,6 +269,8 @@ def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
     read_audio = shards.read_audio if shard_folder else sb.dataio.dataio.read_audio
     frames_per_second = 1000 / hparams["hop_length"] / hparams["time_pooling_size"]
     shortest = MIN_FRAMES / frames_per_second
+    too_short = f"are shorter than {MIN_FRAMES} encoder frames ({shortest:g} s)"
+    skip_bad_files = hparams["skip_bad_files"]
 
     @sb.utils.data_pipeline.takes("wav", "duration")
     @sb.utils.data_pipeline.provides("sig")
@@ -256,7 +301,14 @@ def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
             if shard_folder:
                 path = str(shards.packed_manifest(path, shard_folder))
             found = load_manifest(path)
-            found = leave_out_short(path, found, shortest, hparams["skip_bad_files"])
+            bad = {
+                name: f"{row['duration']:g} s"
+                for name, row in found.items()
+                if row["duration"] < shortest
+            }
+            found = leave_out(path, found, bad, too_short, skip_bad_files)
+            if skip_bad_files and not shard_folder:  # else they were looked for before
+                found = leave_out(path, found, find_missing(found), MISSING, skip_bad_files)
             for name in found.keys() & rows.keys():
                 raise ValueError(f"{path} has the utterance {name}, as another manifest has")
             transcripts = ((name, row["wrd"]) for name, row in found.items())

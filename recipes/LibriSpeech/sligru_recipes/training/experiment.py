@@ -23,9 +23,10 @@ from speechbrain.utils.logger import get_environment_description, get_logger
 from speechbrain.utils.run_opts import RunOptions
 from torch.utils.data import DataLoader
 
+from ..device import check_device
 from ..files import make_folder, write_text
 from ..lock import lock_folder
-from .data import check_manifests
+from .data import find_given_manifests
 from .resume import (
     FITTED_SIZE,
     check_resume,
@@ -94,16 +95,6 @@ def parse_arguments(argv=None):
     if overrides_file is not None:
         overrides = {**_load_keys(overrides_file), **overrides}
     return hparams_file, run_opts, overrides, overrides_file
-
-
-def check_device(name):
-    """Raise ValueError if PyTorch does not know a device, or there is no such GPU."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device={name}: it must be such as cpu or cuda:0") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device={name}: {torch.cuda.device_count()} CUDA GPUs are visible")
 
 
 def _load_keys(path):
@@ -176,8 +167,14 @@ def check_arguments(hparams):
     Raises
     ------
     ValueError
-        Names the key whose class does not take them.
+        Names the key whose class does not take them, or is impossible at `sample_rate`.
     """
+    stft = getattr(hparams.get("compute_features"), "compute_STFT", None)
+    if stft and stft.n_fft < stft.win_length:
+        raise ValueError(
+            f"n_fft is {stft.n_fft} samples, but a window has {stft.win_length} at a sample_rate "
+            f"of {hparams['sample_rate']} Hz: n_fft must be at least that"
+        )
     try:
         parameter = torch.nn.Parameter(torch.zeros(1))
         optimizer = hparams["opt_class"]([parameter], lr=hparams["lr"])
@@ -243,7 +240,7 @@ def check_values(values):
         with open(text_file, "rb") as file:
             if file.read(len(GZIP)) == GZIP:
                 raise ValueError(f"text_file {text_file} is compressed: unpack it by gunzip")
-    check_manifests(values)
+    find_given_manifests(values)
     folders = {"lm_folder": ("lm", "tokenizer"), "noise_folder": ()}
     pretrained = values.get("pretrained_folder")
     if pretrained:
