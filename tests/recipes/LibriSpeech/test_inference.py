@@ -132,30 +132,36 @@ def test_recipe_exports_at_its_end(run, exported):
     assert {path.name: path.read_bytes() for path in (run / "inference").iterdir()} == files
 
 
-def test_references_of_the_run_s_yaml_are_restored():
+def test_what_an_inference_yaml_needs_of_the_run_s():
     yaml = """
 a: 1  # a comment
-block: &id001
+size: !ref <a>
+block:
 - 2
-- 3
+- !ref <size>
 
 ######## A section
 
-rnn: &id010 !name:x.Y
-    size: 4
+rnn: !name:x.Y
+    size: !ref <a>/<size>
+unneeded: 3
 net: !new:x.Z
   # and another
-    block: *id001
-    rnns: [*id010, *id010]
+    block: !ref <block>
+    rnns: [!ref <rnn>, !ref <rnn>]
 """
     entries = _entries(yaml)
     assert entries == {
         "a": "a: 1  # a comment\n",
-        "block": "block:\n- 2\n- 3\n",
-        "rnn": "rnn: !name:x.Y\n    size: 4\n",
+        "size": "size: !ref <a>\n",
+        "block": "block:\n- 2\n- !ref <size>\n",
+        "rnn": "rnn: !name:x.Y\n    size: !ref <a>/<size>\n",
+        "unneeded": "unneeded: 3\n",
         "net": "net: !new:x.Z\n    block: !ref <block>\n    rnns: [!ref <rnn>, !ref <rnn>]\n",
     }
-    assert _needed(entries, "x: !ref <net>") == entries["block"] + entries["rnn"] + entries["net"]
+    del entries["unneeded"]
+    expected = "".join(entries.values())
+    assert _needed(entries | {"unneeded": "unneeded: 3\n"}, "x: !ref <net>") == expected
 
 
 def test_best_checkpoint_is_taken(run, tmp_path):
@@ -425,6 +431,14 @@ def test_decoder_class_can_be_overridden(seq2seq_exported, audio):
     modules = [type(asr.mods.decoder.dec).__module__ for asr in (ours, stock)]
     assert modules == ["sb_fast_sligru.decoder", "speechbrain.nnet.RNN"]
     assert transcribed(ours, audio) == transcribed(stock, audio)
+
+
+def test_keys_of_an_inference_folder_can_be_overridden(seq2seq_exported):
+    """Where what is built of them only refers to them."""
+    asr = EncoderDecoderASR.from_hparams(
+        source=str(seq2seq_exported), overrides={"test_beam_size": 3}, run_opts={"device": "cpu"}
+    )
+    assert asr.mods.decoder.beam_size == 3
 
 
 def test_a_run_goes_on_with_either_decoder(corpus, seq2seq_run, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from hyperpyyaml import resolve_references
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import TaggedScalar
 from ruamel.yaml.error import YAMLError
@@ -17,7 +18,6 @@ from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.logger import get_logger
 
 from ..training.checkpoints import average_model, checkpoints_to_test
-from ..training.resume import without_anchors
 
 logger = get_logger(__name__)
 
@@ -132,13 +132,13 @@ def export(run_folder, folder=None):
 
 
 def _read_yaml(run_folder):
-    """The YAML of a run, as text and as a dict."""
+    """The YAML of a run, as text and as a dict with its references filled in."""
     path = run_folder / "hyperparams.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{run_folder} is not the folder of a run: no hyperparams.yaml")
     text = path.read_text(encoding="utf-8")
     try:
-        hparams = YAML().load(text)
+        hparams = YAML().load(resolve_references(text))
     except YAMLError as error:
         raise FileNotFoundError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(hparams, dict) or "save_folder" not in hparams:
@@ -213,7 +213,7 @@ def _find_tokenizer(save_folder, hparams):
 
 def _entries(run_yaml):
     """Key -> its lines in a run's YAML, without comment lines."""
-    lines = re.sub(r"^\s*(#.*)?\n", "", without_anchors(run_yaml), flags=re.MULTILINE)
+    lines = re.sub(r"^\s*(#.*)?\n", "", run_yaml, flags=re.MULTILINE)
     found = re.findall(r"^((\w+):.*\n(?:[ -].*\n)*)", lines, re.MULTILINE)
     return {key: entry for entry, key in found}
 
@@ -238,10 +238,13 @@ def _add_language_model(inference, entries):
 
 
 def _needed(entries, inference):
-    """The lines of all keys that the inference YAML refers to, directly or by others."""
-    needed, missing = {"decoding_function"}, [inference]
+    """The lines of all keys that the inference YAML refers to, directly or by others.
+
+    And of the function by which SpeechBrain's EncoderASR decodes.
+    """
+    needed, missing = set(), [inference, "<decoding_function>"]
     while missing:
-        keys = set(re.findall(r"!ref <(\w+)>", missing.pop())) & entries.keys()
+        keys = set(re.findall(r"<(\w+)>", missing.pop())) & entries.keys()
         missing += [entries[key] for key in keys - needed]
         needed |= keys
     return "".join(lines for key, lines in entries.items() if key in needed)

@@ -33,7 +33,7 @@ from .resume import (
     describe,
     find_references,
     resolve,
-    without_anchors,
+    with_overrides,
 )
 from .tokenizer import check_tokenizer
 
@@ -321,7 +321,7 @@ class Experiment:
             f"# Generated {date.today()} from:\n# {os.path.abspath(self.hparams_file)}\n"
             "# yamllint disable\n"
         )
-        text = header + without_anchors(resolve(self.hparams_file, copy.deepcopy(self.overrides)))
+        text = header + with_overrides(self.hparams_file, copy.deepcopy(self.overrides))
         for name, content in (
             ("hyperparams.yaml", text),
             ("env.log", get_environment_description()),

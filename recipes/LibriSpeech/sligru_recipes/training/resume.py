@@ -15,6 +15,7 @@ from pathlib import Path
 import ruamel.yaml
 import torch
 from hyperpyyaml import resolve_references
+from hyperpyyaml.core import recursive_update
 
 from .checkpoints import LOAD_ERRORS, reason_of
 
@@ -32,6 +33,16 @@ FIXED = (
 FITTED_SIZE = "fitted vocab_size"  # of the tokenizer, where the text could not fill vocab_size
 
 
+def with_overrides(hparams_file, overrides):
+    """A YAML with its overrides in their places, as text; references stay, for later overrides."""
+    yaml, text = ruamel.yaml.YAML(), io.StringIO()
+    with open(hparams_file, encoding="utf-8") as file:
+        keys = yaml.load(file)
+    recursive_update(keys, overrides)
+    yaml.dump(keys, text)
+    return text.getvalue()
+
+
 def resolve(hparams_file, overrides):
     """A YAML with its overrides and references filled in, as text; objects are not built.
 
@@ -42,19 +53,6 @@ def resolve(hparams_file, overrides):
     """
     with open(hparams_file, encoding="utf-8") as file:
         return resolve_references(file, overrides).getvalue()
-
-
-def without_anchors(text):
-    """A resolved YAML with references to keys again where several keys share an object.
-
-    HyperPyYAML writes anchors there. It cannot read all that it writes, as the anchors of strings
-    keep their names, which others then get too; and overriding a key such as `rnn_class` would
-    change the key alone.
-    """
-    for key, anchor in re.findall(r"^(\w+): &(id\d+)\b", text, re.MULTILINE):
-        text = re.sub(rf" &{anchor}\b", "", text)
-        text = re.sub(rf"\*{anchor}\b", f"!ref <{key}>", text)
-    return text
 
 
 def describe(hparams_file, overrides):
