@@ -200,11 +200,6 @@ def test_fixed_batches_are_sorted(train_data, sorting):
     assert options == hparams["train_dataloader_opts"]
 
 
-def test_unknown_sorting_is_refused(train_data):
-    with pytest.raises(ValueError, match="sorting must be .* got 'length'"):
-        batching(load_batching("--sorting=length"), train_data)
-
-
 def test_dynamic_batches_keep_the_limit_and_change_with_the_epoch(train_data):
     hparams = load_batching("--dynamic_batching=True", "--max_batch_length=12", "--num_buckets=3")
     _, options = batching(hparams, train_data)

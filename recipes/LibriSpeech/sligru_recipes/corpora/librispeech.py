@@ -17,6 +17,7 @@ import csv
 import io
 import json
 import logging
+import math
 import multiprocessing
 import os
 import sys
@@ -41,6 +42,7 @@ ALPHABET = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ' ")
 EXTENSIONS = (".flac", ".wav")  # the first is preferred
 # SPLIT.csv of a split of such a name would be another file of `save_folder`.
 TAKEN_NAMES = ("train", "noise")
+CHUNK = 64  # files that a process checks at a time
 BLOCK = 2**20  # samples that are decoded at a time
 # From where on the size in a WAV file's header means that the writer, to a pipe, did not know it.
 UNKNOWN_SIZE = 0x7FFFF000  # bytes
@@ -178,7 +180,7 @@ def _check_splits(data_folder, train_splits, dev_splits, test_splits):
         if max(others) > 1 or (split in train_splits and sum(others) > 1):
             raise ValueError(f"split {split!r} is given more than once")
     if not data_folder.is_dir():
-        raise FileNotFoundError(f"data_folder {data_folder} does not exist")
+        raise FileNotFoundError(f"data_folder {data_folder} does not exist or is no folder")
     for split in splits:
         if not (data_folder / split).is_dir():
             found = [entry.name for entry in _entries(data_folder) if entry.is_dir()]
@@ -352,11 +354,12 @@ def check_files(name, paths, num_workers):
             # Python's default from 3.14 on is a server, which would be the workers' parent.
             method = "fork" if sys.platform.startswith("linux") else None
             context = multiprocessing.get_context(method)
-            workers = num_workers or get_available_cpu_count()
+            # All of them start at once; more than there is work for would be in the way.
+            workers = min(num_workers or get_available_cpu_count(), math.ceil(len(paths) / CHUNK))
             executor = ProcessPoolExecutor(workers, context, initializer=end_with_parent)
             stack.enter_context(executor)
             done = parallel_map(
-                check_audio, paths, chunk_size=64, executor=executor, progress_bar=False
+                check_audio, paths, chunk_size=CHUNK, executor=executor, progress_bar=False
             )
         for result in done:
             results.append(result)

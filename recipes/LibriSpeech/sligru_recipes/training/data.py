@@ -184,6 +184,13 @@ def prepare_noise(folder, manifest, sample_rate, num_workers=None):
             rows.writerow((number, seconds, path.resolve(), path.suffix[1:], ""))
 
 
+class Unchanged:
+    """What takes the place of `$NAME` in a manifest: itself, as a path may have it."""
+
+    def __getitem__(self, name):
+        return f"${name}"
+
+
 def load_manifest(path):
     """ID -> row of a manifest, as SpeechBrain's `load_data_csv` has them.
 
@@ -193,7 +200,7 @@ def load_manifest(path):
         If it is none, or has no utterance. The message names it.
     """
     try:
-        rows = sb.dataio.dataio.load_data_csv(path)
+        rows = sb.dataio.dataio.load_data_csv(path, Unchanged())
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} is no manifest, or damaged: {error}") from error
     if not rows:
@@ -336,11 +343,6 @@ def batching(hparams, train_data):
     train_data : DynamicItemDataset
     loader_kwargs : dict
         For `Brain.fit`; dynamic batches come as its `batch_sampler`.
-
-    Raises
-    ------
-    ValueError
-        If `sorting` is not one of ascending, descending and random.
     """
     options = dict(hparams["train_dataloader_opts"])
     if hparams["dynamic_batching"]:
@@ -348,8 +350,6 @@ def batching(hparams, train_data):
         sampler = DynamicBatchSampler(train_data, **hparams["dynamic_batch_sampler"])
         return train_data, {**options, "batch_sampler": sampler}
     sorting = hparams["sorting"]
-    if sorting not in ("ascending", "descending", "random"):
-        raise ValueError(f"sorting must be ascending, descending or random, got {sorting!r}")
     if sorting == "random":
         return train_data, {**options, "shuffle": True}
     return train_data.filtered_sorted(sort_key="duration", reverse=sorting == "descending"), options

@@ -4,8 +4,10 @@ import contextlib
 import copy
 import dataclasses
 import filecmp
+import importlib
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -17,8 +19,14 @@ import ruamel.yaml
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.augment.time_domain import DropChunk
 from speechbrain.dataio.sampler import DynamicBatchSampler
-from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
+from speechbrain.utils.distributed import (
+    ddp_init_group,
+    if_main_process,
+    infer_device,
+    run_on_main,
+)
 from speechbrain.utils.logger import get_environment_description, get_logger
 from speechbrain.utils.run_opts import RunOptions
 from torch.utils.data import DataLoader
@@ -40,25 +48,57 @@ from .tokenizer import check_tokenizer
 logger = get_logger(__name__)
 
 GZIP = b"\x1f\x8b"
+LARGEST_SEED = 2**32 - 1  # NumPy's
 # Keys of paths, and what a shell would have replaced in them: YAML does not, nor does a shell
 # within quotes or after `--KEY=`.
 PATH_KEY = re.compile(r"_(folder|file|csv|log)$|^train_log$")
 UNEXPANDED = re.compile(r"\$\w+|\$\{\w+\}|^~")
-# What numbers must be at least, as whole ones, ...
-LEAST = dict.fromkeys(
-    (
-        *("batch_size", "num_buckets", "avg_checkpoints", "sample_rate", "n_fft", "n_mels"),
-        *("time_pooling_size", "rnn_layers", "rnn_neurons", "dnn_neurons", "vocab_size"),
-        *("emb_size", "dec_neurons", "attn_dim", "attn_channels", "attn_kernel_size"),
-        *("lm_emb_size", "lm_rnn_layers", "lm_rnn_neurons", "lm_dnn_neurons", "test_beam_size"),
-        "grad_accumulation_factor",
+# What numbers must be -> whether one is, and which keys are meant.
+RANGES = {
+    "a whole number, at least 1": (
+        lambda value: _is_whole(value) and value >= 1,
+        {
+            *("batch_size", "num_buckets", "avg_checkpoints", "sample_rate", "n_fft", "n_mels"),
+            *("time_pooling_size", "rnn_layers", "rnn_neurons", "dnn_neurons", "vocab_size"),
+            *("emb_size", "dec_neurons", "attn_dim", "attn_channels", "attn_kernel_size"),
+            *("lm_emb_size", "lm_rnn_layers", "lm_rnn_neurons", "lm_dnn_neurons"),
+            *("test_beam_size", "grad_accumulation_factor", "debug_batches", "debug_epochs"),
+        },
     ),
-    1,
-) | dict.fromkeys(("num_workers", "number_of_epochs", "number_of_ctc_epochs"), 0)
-# ... and above 0.
-POSITIVE = ("max_batch_length", "hop_length", "max_decode_ratio")
-SHARES = ("ctc_weight", "ctc_weight_decode")  # from 0 to 1
-TOKEN_TYPES = ("unigram", "bpe", "char")
+    "a whole number, at least 0": (
+        lambda value: _is_whole(value) and value >= 0,
+        {
+            *("num_workers", "number_of_epochs", "number_of_ctc_epochs", "max_attn_shift"),
+            *("cnn_blocks", "dnn_blocks", "lm_dnn_blocks"),
+        },
+    ),
+    f"a whole number from 0 to {LARGEST_SEED}": (
+        lambda value: _is_whole(value) and 0 <= value <= LARGEST_SEED,
+        {"seed"},
+    ),
+    "above 0": (
+        lambda value: 0 < value < math.inf,
+        {"max_batch_length", "hop_length", "max_decode_ratio", "temperature", "temperature_lm"},
+    ),
+    "at least 0": (
+        lambda value: 0 <= value < math.inf,
+        {"lr", "ckpt_interval_minutes", "ckpt_interval_steps", "log_interval_minutes"},
+    ),
+    "from 0 to 1": (lambda value: 0 <= value <= 1, {"ctc_weight", "ctc_weight_decode"}),
+    "above 0 and at most 1": (
+        lambda value: 0 < value <= 1,
+        {"annealing_factor", "character_coverage"},
+    ),
+}
+CHOICES = {
+    "token_type": ("unigram", "bpe", "char"),
+    "sorting": ("ascending", "descending", "random"),
+}
+# Paths without which nothing goes, though YAML reads an empty value as null.
+NEEDED_PATHS = (
+    *("output_folder", "output_wer_folder", "save_folder", "train_log", "data_folder"),
+    *("train_csv", "noise_csv"),
+)
 # Folders that hold weights -> who makes them.
 MADE_BY = {
     "lm_folder": "run train_lm.py",
@@ -131,9 +171,12 @@ def load_hparams(hparams_file, overrides):
             raise ValueError(f"{key} is neither a key of {hparams_file} nor a run option")
         for kind, name in ((bool, "True or False"), (int | float, "a number")):
             if isinstance(keys[key], kind):
-                if not isinstance(value, kind) and not _tag(value):
+                fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+                if not (fits or _tag(value)) or value != value:  # NaN is not equal to itself
                     raise ValueError(f"{key} must be {name}, got {value!r}")
                 break
+        if _builds(keys[key]) and not (isinstance(value, dict) or _tag(value)):
+            raise ValueError(f"{key} must be a class such as {_tag(keys[key])}, got {value!r}")
         if isinstance(value, dict):
             if not isinstance(keys[key], dict):
                 raise ValueError(f"{key} has no arguments in {hparams_file}: change that file")
@@ -149,9 +192,15 @@ def load_hparams(hparams_file, overrides):
     try:
         with open(hparams_file, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, copy.deepcopy(overrides))
-    except (ImportError, TypeError) as error:  # the latter with the class as first argument
+    # A TypeError has the class as first argument.
+    except (ImportError, TypeError, ValueError) as error:
         raise ValueError(f"{hparams_file}: {', '.join(map(str, error.args))}") from error
-    except (ArithmeticError, IndexError, RuntimeError) as error:  # such as too few cnn_channels
+    except (
+        ArithmeticError,
+        AssertionError,
+        IndexError,
+        RuntimeError,
+    ) as error:  # such as too few cnn_channels
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
             f"{hparams_file}: the model cannot be built: {error} "
@@ -184,22 +233,52 @@ def check_arguments(hparams):
         raise ValueError(f"opt_class: {type(optimizer).__name__} is no torch.optim.Optimizer")
     if "closure" in _required(optimizer.step):
         raise ValueError(f"opt_class: {type(optimizer).__name__} needs a closure, which none has")
-    for key, function in (
-        ("dynamic_batch_sampler", DynamicBatchSampler),
-        ("train_dataloader_opts", DataLoader),
-        ("valid_dataloader_opts", DataLoader),
-        ("test_dataloader_opts", DataLoader),
+    if "lr" in getattr(hparams["opt_class"], "keywords", {}):
+        raise ValueError("opt_class has lr, which is a key of its own: --lr")
+    for key in ("train_dataloader_opts", "valid_dataloader_opts", "test_dataloader_opts"):
+        with _naming(key):
+            DataLoader([0], **hparams[key])
+    if hparams.get("dynamic_batching"):
+        with _naming("dynamic_batch_sampler"):
+            options = hparams["dynamic_batch_sampler"]
+            DynamicBatchSampler(range(2), lengths_list=[1.0, 2.0], **options)
+    wavs, lengths = torch.zeros(1, 16000), torch.ones(1)
+    for key, inputs in (
+        ("speed_perturb", [wavs]),
+        ("drop_freq", [wavs]),
+        ("drop_chunk", [wavs, lengths]),
     ):
-        if key in hparams:  # a language model's YAML has no dynamic batches
-            try:
-                inspect.signature(function).bind(None, **hparams[key])  # None: a data set
-            except TypeError as error:
-                raise ValueError(f"{key}: {error}") from error
+        if hparams.get(f"enable_{key}"):
+            # What is drawn here changes no run.
+            with _naming(key), torch.random.fork_rng(devices=[]):
+                hparams[key](*inputs)
+    if hparams["use_tensorboard"]:
+        try:
+            importlib.import_module("torch.utils.tensorboard")
+        except ImportError as error:
+            raise ValueError(
+                f"use_tensorboard needs a package: pip install tensorboard ({error})"
+            ) from error
+
+
+@contextlib.contextmanager
+def _naming(key):
+    """What goes wrong ends as a ValueError that names `key`; SpeechBrain raises of every kind."""
+    try:
+        yield
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = str(error).strip() or f"{place.name} refuses its arguments"
+        raise ValueError(f"{key}: {one_line(reason)}") from error
 
 
 def _required(function):
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.default is p.empty]
+
+
+def _builds(node):
+    return (_tag(node) or "").startswith(("!new:", "!name:"))
 
 
 def _tag(node):
@@ -223,11 +302,13 @@ def check_values(values):
                 start, _, _ = path[found.end() :].partition("/")
                 if not os.path.exists(path[: found.end()] + start):  # it may be called so
                     raise ValueError(f"{key} {path}: {found[0]} is not expanded here; write it out")
+    for key in NEEDED_PATHS:
+        if key in values and not values[key]:
+            raise ValueError(f"{key} is empty")
     check_numbers(values)
-    if values["token_type"] not in TOKEN_TYPES:
-        raise ValueError(
-            f"token_type must be one of {', '.join(TOKEN_TYPES)}, got {values['token_type']!r}"
-        )
+    for key, choices in CHOICES.items():
+        if key in values and values[key] not in choices:
+            raise ValueError(f"{key} must be one of {', '.join(choices)}, got {values[key]!r}")
     for key in ("tokenizer_file", "text_file"):
         path = values.get(key)
         if path and not os.path.isfile(path):
@@ -264,14 +345,13 @@ def check_values(values):
 def check_numbers(values):
     """Raise ValueError if a number is impossible; `values` are keys or run options."""
     for key, value in values.items():
-        if not isinstance(value, int | float):
-            continue
-        if key in LEAST and not (isinstance(value, int) and value >= LEAST[key]):
-            raise ValueError(f"{key} must be a whole number, at least {LEAST[key]}, got {value}")
-        if key in POSITIVE and not value > 0:
-            raise ValueError(f"{key} must be above 0, got {value}")
-        if key in SHARES and not 0 <= value <= 1:
-            raise ValueError(f"{key} must be from 0 to 1, got {value}")
+        for name, (is_fit, keys) in RANGES.items():
+            if key in keys and isinstance(value, int | float) and not is_fit(value):
+                raise ValueError(f"{key} must be {name}, got {value}")
+
+
+def _is_whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass
@@ -354,6 +434,7 @@ def start_experiment(argv, script):
     ddp_init_group(run_opts)
     overrides.update(run_options_of_the_yaml(hparams_file, run_opts))
     hparams = load_hparams(hparams_file, overrides)
+    check_precision(run_opts, hparams["precision"])
     experiment = Experiment(hparams, run_opts, hparams_file, overrides, (script, overrides_file))
     hparams["checkpointer"].settings = describe(hparams_file, overrides)
     folder = hparams["output_folder"]
@@ -369,6 +450,14 @@ def start_experiment(argv, script):
         # It saves the file that calls it: this one, which `save_sources` puts in its place.
         run_on_main(os.remove, [os.path.join(folder, os.path.basename(__file__))])
         yield experiment
+
+
+def check_precision(run_opts, precision):
+    """Raise ValueError if the device cannot compute in it, in training or in validation."""
+    device = run_opts.device or infer_device()
+    for name in (precision, run_opts.eval_precision):
+        if name == "fp16" and torch.device(device).type != "cuda":
+            raise ValueError(f"precision fp16 needs a CUDA device, got {device}")
 
 
 def run_options_of_the_yaml(hparams_file, run_opts):

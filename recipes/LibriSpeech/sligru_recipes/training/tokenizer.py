@@ -40,8 +40,8 @@ def load_tokenizer(hparams, text_file=None):
     Raises
     ------
     ValueError
-        If `vocab_size` is smaller than the number of characters, `character_coverage` is no share,
-        or a tokenizer does not fit (see `check_tokenizer`).
+        If `vocab_size` is smaller than the number of characters, or a tokenizer does not fit (see
+        `check_tokenizer`).
     """
     folder, token_type = hparams["save_folder"], hparams["token_type"]
 
@@ -69,7 +69,7 @@ def load_tokenizer(hparams, text_file=None):
                     model_dir=scratch,
                     vocab_size=size,
                     model_type=token_type,
-                    character_coverage=coverage,
+                    character_coverage=hparams["character_coverage"],
                     bos_id=hparams.get("bos_index", -1),
                     eos_id=hparams.get("eos_index", -1),
                     **source,
@@ -89,9 +89,6 @@ def load_tokenizer(hparams, text_file=None):
                 shutil.copyfile(trained, partial)
         return size
 
-    coverage = hparams["character_coverage"]
-    if not 0 < coverage <= 1:
-        raise ValueError(f"character_coverage must be above 0 and at most 1, got {coverage}")
     sentencepiece.set_min_log_level(QUIET)
     given = hparams["tokenizer_file"]
     size = main_process_only(adopt if given else train)(given or hparams["vocab_size"])
