@@ -33,7 +33,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import multiprocessing
 import os
@@ -54,6 +53,7 @@ from sb_fast_sligru import backend, machine, ops
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes/LibriSpeech"))
 
+from sligru_recipes.corpora.embedded import read_settings
 from sligru_recipes.processes import end_with_parent
 from sligru_recipes.training.brain import make_brain
 from sligru_recipes.training.ctc import CTC
@@ -365,7 +365,7 @@ def compare(options, start):
             "it has no settings.json"
         )
     about = {
-        "corpus": json.loads(path.read_text(encoding="utf-8")),
+        "corpus": read_settings(path),
         "known_utterances": KNOWN_UTTERANCES,
         "number_of_epochs": options.epochs,
         "commit": options.commit or machine.commit_of(ROOT),

@@ -184,6 +184,25 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(compare_training, mon
     assert job == (-1,) and isinstance(error, ValueError)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_has_all_its_epochs_if_the_first_is_tested(
+    compare_training, corpus, tmp_path, monkeypatch
+):
+    """The test loads that epoch's checkpoint, which knows of no later ones."""
+    wer = iter([10.0, 20.0])  # of two epochs
+    studied = compare_training.StudiedCTC
+    monkeypatch.setattr(studied, "collect_stats", lambda *_: {"WER": next(wer, 0.0)})
+    study = compare_training.prepare(corpus, tmp_path, {"number_of_epochs": 2, "cpu": "a CPU"})
+    hparams, _ = compare_training.load_recipe(study, "cpu", tmp_path)
+    tokenizer = compare_training.load_tokenizer(hparams)
+    data = compare_training.dataio_prepare(hparams, tokenizer, studied.targets)
+    worker = compare_training.Worker(study, "cpu", tokenizer, *data)
+    monkeypatch.setattr(compare_training, "_worker", worker)
+    run = compare_training.train_run("ours", 2602, False)
+    assert run["tested_epoch"] == 1
+    assert [epoch["valid WER"] for epoch in run["epochs"]] == [10.0, 20.0]
+
+
 def made_up(variant, seed, loss, tf32=False, weights="w"):
     return {
         "variant": variant,
@@ -232,6 +251,9 @@ def test_pairs_that_are_none_are_refused(training_report):
 def test_bad_arguments_end_in_one_line(compare_training, tmp_path, capsys, monkeypatch):
     assert compare_training.main([str(tmp_path / "out"), f"--data_folder={tmp_path}"]) == 2
     assert "--data_folder" in capsys.readouterr().err
+    (tmp_path / "settings.json").write_text("{")
+    assert compare_training.main([str(tmp_path / "out"), f"--data_folder={tmp_path}"]) == 2
+    assert f"{tmp_path}/settings.json is damaged" in capsys.readouterr().err
     monkeypatch.setattr(compare_training.torch.cuda, "device_count", lambda: 0)
     for argument in ("--seeds=0", "--gpus=1", "--tf32=on"):
         with pytest.raises(SystemExit):

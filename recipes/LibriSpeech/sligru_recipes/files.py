@@ -26,6 +26,14 @@ def replacing(path):
         raise
 
 
+def make_folder(path, key):
+    """Make a folder if it is absent; an OSError names `key`."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"{key} cannot be made: {error.strerror}", str(path)) from error
+
+
 def write_text(path, text):
     """Write UTF-8 text with the line ends that it has, as a whole."""
     with replacing(path) as partial:

@@ -8,6 +8,8 @@ import socket
 
 from speechbrain.utils.logger import get_logger
 
+from .files import make_folder
+
 logger = get_logger(__name__)
 
 LOCK_FILE = ".lock"
@@ -32,10 +34,12 @@ def lock_folder(folder, key="output_folder", name=LOCK_FILE, wait=False):
 
     Raises
     ------
+    OSError
+        If it cannot be made.
     ValueError
         If another run holds it; names that run's host and process.
     """
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder, key)
     # Not truncated: it may be another's. Opened by nobody else in this process, whose lock the
     # closing of any other handle would release.
     with open(os.path.join(folder, name), "a+", encoding="utf-8") as file:

@@ -5,6 +5,8 @@ import time
 
 from tqdm import tqdm
 
+MINUTES = 10  # where no YAML has log_interval_minutes
+
 
 class Progress:
     """A bar on a terminal; where stderr is a file or a pipe, a line now and then.

@@ -4,6 +4,7 @@ import csv
 import ctypes
 import functools
 import json
+import logging
 import os
 import random
 import re
@@ -22,7 +23,7 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 
 import mini_librispeech
 import prepare
-from sligru_recipes.corpora import embedded, librispeech
+from sligru_recipes.corpora import embedded, librispeech, shards
 from sligru_recipes.corpora.embedded import (
     ACCENTS,
     DEFAULT_SPLITS,
@@ -327,7 +328,13 @@ def test_manifests_agree_with_the_corpus(corpus, tmp_path):
             assert len(read_audio(row["wav"])) == pytest.approx(row["duration"] * 16000)
     with (tmp_path / "dev-clean.csv").open(newline="") as file:
         speechbrain_s = ["ID", "duration", "wav", "spk_id", "wrd"]
-        assert next(csv.reader(file)) == [*speechbrain_s, "sample_rate", "size", "mtime_ns"]
+        assert next(csv.reader(file)) == [
+            *speechbrain_s,
+            "sample_rate",
+            "crc32",
+            "size",
+            "mtime_ns",
+        ]
 
 
 def test_train_splits_are_merged(small, tmp_path):
@@ -701,7 +708,8 @@ def test_wav_files_from_a_pipe_are_whole(tmp_path, size):
     place = content.index(b"data") + 4
     content[place : place + 4] = size.to_bytes(4, "little")
     (tmp_path / "a.wav").write_bytes(content)
-    assert librispeech.check_audio(tmp_path / "a.wav") == (0.05, 16000, None)
+    seconds, rate, _, reason = librispeech.check_audio(tmp_path / "a.wav")
+    assert (seconds, rate, reason) == (0.05, 16000, None)
 
 
 def test_sample_rate_is_that_of_the_corpus(small, tmp_path):
@@ -762,6 +770,37 @@ def test_workers_end_with_a_command(small, tmp_path, command, stop):
     parent.send_signal(stop)
     parent.wait(timeout=20)
     wait_until(lambda: not any(alive(int(path.name)) for path in pids.iterdir()), 20)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--workers=-1", "workers must be at least 0, got -1"),
+        ("--sample-rate=0", "sample_rate must be above 0, got 0"),
+    ],
+)
+def test_impossible_numbers_are_named(small, tmp_path, option, message):
+    with pytest.raises(SystemExit, match=f"^prepare: .*{message}$"):
+        prepare.main([str(small), str(tmp_path / "new"), "--train", "train-clean-100", option])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_progress_is_lines_without_a_terminal(small, tmp_path, caplog, monkeypatch, workers):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(librispeech, "MINUTES", 0)
+    prepare_librispeech(small, tmp_path, "train-clean-100", num_workers=workers)
+    assert "checking train-clean-100: file 21 of 21" in caplog.messages
+    monkeypatch.setattr(shards, "MINUTES", 0)
+    shards.pack(tmp_path / "train.csv", tmp_path)
+    assert "packing train: file 21 of 21" in caplog.text
+
+
+@pytest.mark.parametrize("workers", ["0", "-1"])
+def test_corpus_needs_a_worker(tmp_path, workers):
+    with pytest.raises(SystemExit, match="mini_librispeech: workers must be at least 1, got"):
+        mini_librispeech.main([str(tmp_path / "new"), "--workers", workers])
+    assert not (tmp_path / "new").exists()
 
 
 def test_command_line_ends_in_one_line(tmp_path):

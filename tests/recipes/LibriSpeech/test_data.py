@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 from helpers import ROOT, small_disk
+from recorded_run import then
 from speechbrain.lobes.models.CRDNN import CRDNN
 from tiny_corpora import SPLITS, make_noise
 from tiny_runs import TINY, complaint
@@ -17,6 +18,7 @@ import train_ctc
 import train_lm
 import transcribe
 from sligru_recipes.corpora.librispeech import prepare_librispeech
+from sligru_recipes.corpora.shards import pack
 from sligru_recipes.inference.recogniser import load_recogniser
 from sligru_recipes.training import tokenizer
 from sligru_recipes.training.data import find_manifests, load_manifest, prepare_data
@@ -141,8 +143,30 @@ def test_damaged_manifest_is_named(noise, tmp_path, content):
     prepare_librispeech(noise, tmp_path / "save", TRAIN, DEV, TEST, num_workers=0)
     path = tmp_path / "save/damaged.csv"
     path.write_bytes(content.encode("latin-1"))
-    message = complaint(arguments(noise, tmp_path, f"--test_csv={path}"))
-    assert str(path) in message
+    for shards in ((), (f"--shard_folder={tmp_path}/shards",)):
+        message = complaint(arguments(noise, tmp_path, f"--test_csv={path}", *shards))
+        assert str(path) in message
+
+
+@pytest.mark.parametrize("key", ["train_csv", "valid_csv", "test_csv"])
+def test_missing_files_of_own_manifests_are_named_before_any_work(noise, tmp_path, key):
+    """Unless bad files may be left out, or shards have them."""
+    split = dict(zip(("train_csv", "valid_csv", "test_csv"), SPLITS, strict=True))[key]
+    elsewhere = shutil.copytree(noise, tmp_path / "elsewhere")
+    copy_split(elsewhere, split, split, "7")
+    prepare_librispeech(elsewhere, tmp_path / "own", split, num_workers=0)
+    manifest = tmp_path / f"own/{split}.csv"
+    pack(manifest, tmp_path / "shards")
+    path = min((elsewhere / split).rglob("7-*.flac"))
+    path.unlink()
+    argv = arguments(noise, tmp_path, f"--{key}={manifest}")
+    message = complaint(argv)
+    assert f"{key} {manifest}: 1 utterances (such as 7-10-0000, {path}) have no aud" in message
+    assert not list((tmp_path / "run").rglob("*.csv"))  # nothing was prepared
+    train_ctc.main([*argv, "--skip_bad_files=True"])
+    assert f"{manifest}: 1 utterances" in said(tmp_path) and "left out" in said(tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    train_ctc.main([*argv, f"--shard_folder={tmp_path}/shards"])
 
 
 # Rates
@@ -240,7 +264,7 @@ def test_damage_in_the_middle_is_found_before_training(noise, tmp_path):
     assert f"{path}: damaged: its audio cannot be" in complaint(arguments(noise, tmp_path))
 
 
-@pytest.mark.parametrize("harm", ["damaged", "deleted", "shard cut off"])
+@pytest.mark.parametrize("harm", ["damaged", "deleted in training", "shard cut off"])
 def test_a_test_file_damaged_since_costs_itself_alone(noise, tmp_path, harm):
     copy_split(noise, TEST, TEST, "7")
     shards = harm == "shard cut off"
@@ -268,8 +292,15 @@ def test_a_test_file_damaged_since_costs_itself_alone(noise, tmp_path, harm):
             file.truncate(30_000)  # within the second file
     else:
         path = min((noise / TEST).rglob("7-*.flac"))
-        damage(path) if harm == "damaged" else path.unlink()
-    results = train_ctc.main([*argv, "--skip_prep=True"])
+        if harm == "damaged":
+            damage(path)
+
+    def delete(brain):
+        if harm == "deleted in training":
+            path.unlink()
+
+    with then(ASR, "_ready", delete):
+        results = train_ctc.main([*argv, "--skip_prep=True"])
     assert f"{path}" in said(tmp_path) and "its words count as errors" in said(tmp_path)
     errors = (tmp_path / f"run/wer_{TEST}.txt").read_text()
     assert "3-10-0000" in errors and "7-10-0000, %WER 100.00 [ 2 / 2, 0 ins, 2 del" in errors
@@ -279,7 +310,7 @@ def test_a_test_file_damaged_since_costs_itself_alone(noise, tmp_path, harm):
 
 def test_no_test_file_can_be_read(noise, tmp_path):
     prepare_librispeech(noise, tmp_path / "run/save", TRAIN, DEV, TEST, num_workers=0)
-    min((noise / TEST).rglob("*.flac")).unlink()
+    min((noise / TEST).rglob("*.flac")).write_bytes(b"")
     results = run(noise, tmp_path, "--skip_prep=True", f"--test_splits={TEST}")
     assert results[TEST]["WER"] == results[TEST]["CER"] == 100
 

@@ -132,30 +132,36 @@ def test_recipe_exports_at_its_end(run, exported):
     assert {path.name: path.read_bytes() for path in (run / "inference").iterdir()} == files
 
 
-def test_references_of_the_run_s_yaml_are_restored():
+def test_what_an_inference_yaml_needs_of_the_run_s():
     yaml = """
 a: 1  # a comment
-block: &id001
+size: !ref <a>
+block:
 - 2
-- 3
+- !ref <size>
 
 ######## A section
 
-rnn: &id010 !name:x.Y
-    size: 4
+rnn: !name:x.Y
+    size: !ref <a>/<size>
+unneeded: 3
 net: !new:x.Z
   # and another
-    block: *id001
-    rnns: [*id010, *id010]
+    block: !ref <block>
+    rnns: [!ref <rnn>, !ref <rnn>]
 """
     entries = _entries(yaml)
     assert entries == {
         "a": "a: 1  # a comment\n",
-        "block": "block:\n- 2\n- 3\n",
-        "rnn": "rnn: !name:x.Y\n    size: 4\n",
+        "size": "size: !ref <a>\n",
+        "block": "block:\n- 2\n- !ref <size>\n",
+        "rnn": "rnn: !name:x.Y\n    size: !ref <a>/<size>\n",
+        "unneeded": "unneeded: 3\n",
         "net": "net: !new:x.Z\n    block: !ref <block>\n    rnns: [!ref <rnn>, !ref <rnn>]\n",
     }
-    assert _needed(entries, "x: !ref <net>") == entries["block"] + entries["rnn"] + entries["net"]
+    del entries["unneeded"]
+    expected = "".join(entries.values())
+    assert _needed(entries | {"unneeded": "unneeded: 3\n"}, "x: !ref <net>") == expected
 
 
 def test_best_checkpoint_is_taken(run, tmp_path):
@@ -259,6 +265,14 @@ def test_export_beside_other_files_and_again(run, exported, tmp_path):
     expected = {path.name: text for path, text in contents(exported).items()}
     found = {path.name: text for path, text in contents(tmp_path).items()}
     assert found == expected | {"notes.txt": b"mine"}
+    # Also where the earlier one had a language model; a file of that name alone is the user's.
+    (tmp_path / "lm.ckpt").write_text("earlier")
+    export(run, tmp_path)
+    assert not (tmp_path / "lm.ckpt").exists()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/lm.ckpt").write_text("mine")
+    export(run, tmp_path / "new")
+    assert (tmp_path / "new/lm.ckpt").read_text() == "mine"
 
 
 def test_full_disk_leaves_the_earlier_export(run, tmp_path, monkeypatch):
@@ -417,6 +431,14 @@ def test_decoder_class_can_be_overridden(seq2seq_exported, audio):
     modules = [type(asr.mods.decoder.dec).__module__ for asr in (ours, stock)]
     assert modules == ["sb_fast_sligru.decoder", "speechbrain.nnet.RNN"]
     assert transcribed(ours, audio) == transcribed(stock, audio)
+
+
+def test_keys_of_an_inference_folder_can_be_overridden(seq2seq_exported):
+    """Where what is built of them only refers to them."""
+    asr = EncoderDecoderASR.from_hparams(
+        source=str(seq2seq_exported), overrides={"test_beam_size": 3}, run_opts={"device": "cpu"}
+    )
+    assert asr.mods.decoder.beam_size == 3
 
 
 def test_a_run_goes_on_with_either_decoder(corpus, seq2seq_run, tmp_path):
@@ -788,6 +810,12 @@ def test_wrong_folders_end_in_one_line(run, audio, tmp_path):
     for folder in (tmp_path, run, tmp_path / "nowhere"):  # a run's own YAML is not for inference
         with pytest.raises(SystemExit, match=f"^transcribe: {folder} has no inference YAML"):
             transcribe_files([str(folder), str(audio[0])])
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
+def test_devices_that_cannot_be_used_are_named(exported, audio, device):
+    with pytest.raises(SystemExit, match=f"^transcribe: --device={device}: [^\n]+$"):
+        transcribe_files([str(exported), str(audio[0]), f"--device={device}"])
 
 
 @pytest.mark.parametrize("option", ["--max_batch_length", "--max_segment_length"])

@@ -381,16 +381,62 @@ def test_key_given_twice_is_named(own_noise, tmp_path):
         ("--rnn_class={{rho: 0.9}}", "rnn_class has no arguments in"),
         ("--rnn_class=!name:sligru.SLiGRU", "There is no such entity as sligru.SLiGRU"),
         ("--rnn_class=!new:torch.nn.LSTM", "librispeech_ctc.yaml: Invalid argument to class"),
-        ("--opt_class={{rhoo: 1}}", "opt_class, lr: "),
-        ("--lr=-1", "opt_class, lr: Invalid learning rate: -1"),
-        ("--batch_size=0", "batch_size must be at least 1, got 0"),
-        ("--max_batch_length=0", "max_batch_length must be at least 0.1, got 0"),
-        ("--num_workers=-1", "num_workers must be at least 0, got -1"),
-        ("--number_of_epochs=-1", "number_of_epochs must be at least 0, got -1"),
-        ("--test_csv={0}/none.csv", "test_csv {0}/none.csv does not exist or is no file"),
-        ("--avg_checkpoints=0", "avg_checkpoints must be at least 1, got 0"),
+        ("--avg_checkpoints=0", "avg_checkpoints must be a whole number, at least 1, got 0"),
+        ("--avg_checkpoints=2.5", "avg_checkpoints must be a whole number, at least 1, got 2.5"),
+        ("--num_workers=-1", "num_workers must be a whole number, at least 0, got -1"),
+        ("--time_pooling_size=0", "time_pooling_size must be a whole number, at least 1, got 0"),
+        ("--hop_length=0", "hop_length must be above 0, got 0"),
+        ("--grad_accumulation_factor=0", "grad_accumulation_factor must be a whole number"),
+        ("--batch_size=0", "batch_size must be a whole number, at least 1, got 0"),
+        ("--number_of_epochs=-1", "number_of_epochs must be a whole number, at least 0, got -1"),
+        ("--max_batch_length=0", "max_batch_length must be above 0, got 0"),
+        ("--opt_class={{momentum: 0.9}}", "opt_class: Adadelta.__init__() got an unexpected"),
+        ("--opt_class=!name:torch.nn.Linear", "opt_class: "),
+        ("--opt_class=!name:torch.optim.LBFGS", "opt_class: LBFGS needs a closure"),
+        ("--lr=-1.0", "lr must be at least 0, got -1.0"),
+        (
+            "--train_dataloader_opts={{workers: 1}}",
+            "train_dataloader_opts: DataLoader.__init__() got",
+        ),
+        ("--dynamic_batch_sampler={{size: 1}}", "dynamic_batch_sampler: DynamicBatchSampler.__"),
+        ("--cnn_blocks=3", "the model cannot be built: list index out of range (CRDNN.py: "),
+        ("--token_type=word", "token_type must be one of unigram, bpe, char, got 'word'"),
+        ("--tokenizer_file={0}/noise.txt", "tokenizer_file {0}/noise.txt is damaged, or no Sent"),
+        ("--test_csv={0}/none.csv", "test_csv {0}/none.csv does not exist"),
+        ("--valid_csv=[{0}/none.csv]", "valid_csv {0}/none.csv does not exist"),
+        ("--train_csv={0}/none.csv", "train_csv {0}/none.csv does not exist"),
+        ("--skip_prep=True", "train.csv does not exist"),
+        ("--output_folder=", "output_folder is empty"),
+        ("--data_folder=null", "data_folder is empty"),
+        ("--train_csv=", "train_csv is empty"),
+        ("--data_folder={0}/noise.txt", "data_folder {0}/noise.txt does not exist or is no folder"),
+        ("--sorting=length", "sorting must be one of ascending, descending, random, got 'length'"),
+        ("--precision=fp16", "precision fp16 needs a CUDA device, got cpu"),
+        ("--eval_precision=fp16", "precision fp16 needs a CUDA device, got cpu"),
+        ("--annealing_factor=0", "annealing_factor must be above 0 and at most 1, got 0"),
+        ("--character_coverage=0", "character_coverage must be above 0 and at most 1, got 0"),
+        ("--improvement_threshold=.nan", "improvement_threshold must be a number, got nan"),
+        ("--max_batch_length=.inf", "max_batch_length must be above 0, got inf"),
+        ("--avg_checkpoints=True", "avg_checkpoints must be a number, got True"),
+        ("--seed=1.5", "seed must be a whole number from 0 to 4294967295, got 1.5"),
+        ("--log_interval_minutes=-1", "log_interval_minutes must be at least 0, got -1"),
+        ("--ckpt_interval_steps=-3", "ckpt_interval_steps must be at least 0, got -3"),
+        ("--debug_batches=0", "debug_batches must be a whole number, at least 1, got 0"),
+        ("--dnn_blocks=-1", "dnn_blocks must be a whole number, at least 0, got -1"),
+        ("--lr=.inf", "lr must be at least 0, got inf"),
+        ("--opt_class={{lr: 1}}", "opt_class has lr, which is a key of its own: --lr"),
+        ("--opt_class=Adam", "opt_class must be a class such as !name:torch.optim.Adadelta, got"),
+        ("--checkpointer=null", "checkpointer must be a class such as !new:sligru_recipes"),
+        ("--rnn_class=!name:torch.nn.LSTM", "librispeech_ctc.yaml: Must pass `input_shape`"),
+        ("--valid_dataloader_opts={{batch_size: 0}}", "valid_dataloader_opts: batch_size should"),
+        ("--dynamic_batch_sampler={{batch_ordering: a}}", "dynamic_batch_sampler: _permute_batch"),
+        ("--dynamic_batch_sampler={{num_buckets: 0}}", "dynamic_batch_sampler: "),
+        ("--enable_speed_perturb=True --speed_perturb={{speeds: []}}", "speed_perturb: "),
+        ("--enable_drop_freq=True --drop_freq={{drop_freq_low: 2}}", "drop_freq: "),
         ("--device=gpu", "--device=gpu: it must be such as cpu or cuda:0"),
         ("--device=cuda:99", "--device=cuda:99: "),
+        ("--device=meta", "--device=meta: PyTorch cannot compute on it here"),
+        ("--device=vulkan", "--device=vulkan: PyTorch cannot compute on it here"),
         (
             "--ckpt_interval_steps=5 --ckpt_interval_minutes=5",
             "ckpt_interval_steps and ckpt_interval_minutes exclude each other",
@@ -398,10 +444,32 @@ def test_key_given_twice_is_named(own_noise, tmp_path):
     ],
 )
 def test_what_cannot_be_is_named_before_any_work(own_noise, tmp_path, argument, message):
-    argv = [*bad_input_arguments(own_noise, tmp_path), *argument.format(tmp_path).split(" --")]
-    argv = [a if str(a).startswith(("--", "/")) else f"--{a}" for a in argv]
+    (tmp_path / "noise.txt").write_bytes(b"\x0enoise")
+    given = [f"--{a}" for a in argument.format(tmp_path).removeprefix("--").split(" --")]
+    keys = {a.partition("=")[0] for a in given}
+    argv = [
+        a for a in bad_input_arguments(own_noise, tmp_path) if str(a).partition("=")[0] not in keys
+    ] + given
     assert message.format(tmp_path) in complaint(argv)
     assert list((tmp_path / "output").rglob("*.csv")) == []  # nothing was prepared
+
+
+def test_missing_tensorboard_is_named(own_noise, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it then fails
+    message = complaint([*bad_input_arguments(own_noise, tmp_path), "--use_tensorboard=True"])
+    assert "use_tensorboard needs a package: pip install tensorboard" in message
+    assert list((tmp_path / "output").rglob("*.csv")) == []
+
+
+def test_any_path_will_do(tmp_path):
+    """With what shells, CSV and YAML, and SpeechBrain's manifests, give a meaning."""
+    folder = tmp_path / 'it\'s a "$folder", ü #1: {x} [y]'
+    corpus = make_noise(folder / "corpus", [0.8] * 2)
+    argv = bad_input_arguments(json.dumps(str(corpus)), tmp_path)[:-1]
+    argv += [f"--output_folder={json.dumps(str(folder / 'run'))}", "--number_of_epochs=1"]
+    argv = [str(argument) for argument in argv if argument != "--export_inference=False"]
+    train_ctc.main(argv)
+    assert (folder / "run/inference/model.ckpt").is_file()
 
 
 def test_path_that_a_shell_did_not_expand_is_no_folder_of_that_name(own_noise, tmp_path):
@@ -477,7 +545,27 @@ def test_group_of_processes_is_left_at_the_end(tmp_path):
 def test_output_folder_that_cannot_be_made_is_named(own_noise, tmp_path):
     (tmp_path / "output").write_text("a file")
     message = complaint(bad_input_arguments(own_noise, tmp_path))
-    assert f"{tmp_path}/output" in message
+    assert f"save_folder cannot be made: Not a directory: '{tmp_path}/output/save'" in message
+    argv = [*bad_input_arguments(own_noise, tmp_path)[:-1], f"--output_folder={tmp_path}/run"]
+    for key in ("shard_folder", "output_wer_folder"):
+        message = complaint([*argv, f"--{key}={tmp_path}/output/in/a/file"])
+        assert f"{key} cannot be made: Not a directory" in message
+    assert list((tmp_path / "run").rglob("*.csv")) == []
+
+
+def test_folders_of_results_are_made_at_the_start(own_noise, tmp_path):
+    argv = [*bad_input_arguments(own_noise, tmp_path), "--number_of_epochs=1"]
+    argv += [f"--output_wer_folder={tmp_path}/wer/1", f"--train_log={tmp_path}/log/1/train.txt"]
+    train_ctc.main([str(argument) for argument in argv])
+    assert (tmp_path / "wer/1/wer_test-clean.txt").is_file()
+    assert (tmp_path / "log/1/train.txt").is_file()
+
+
+def test_blank_is_the_unknown_token(own_noise, tmp_path):
+    """Another would be a letter that is never written."""
+    argv = [*bad_input_arguments(own_noise, tmp_path), "--blank_index=3"]
+    message = "tokenizer has blank_index 0, the YAML has blank_index 3: the blank is the unknown"
+    assert message in complaint(argv)
 
 
 def test_unknown_key_is_named_by_the_script(own_noise, tmp_path):

@@ -200,11 +200,6 @@ def test_fixed_batches_are_sorted(train_data, sorting):
     assert options == hparams["train_dataloader_opts"]
 
 
-def test_unknown_sorting_is_refused(train_data):
-    with pytest.raises(ValueError, match="sorting must be .* got 'length'"):
-        batching(load_batching("--sorting=length"), train_data)
-
-
 def test_dynamic_batches_keep_the_limit_and_change_with_the_epoch(train_data):
     hparams = load_batching("--dynamic_batching=True", "--max_batch_length=12", "--num_buckets=3")
     _, options = batching(hparams, train_data)
@@ -229,8 +224,8 @@ def test_noise_of_a_folder_is_added(tmp_path):
         soundfile.write(tmp_path / "noises" / name, 0.1 * rng.standard_normal(32000), 16000)
     left_out = [f"--enable_{name}=False" for name in ("speed_perturb", "drop_freq", "drop_chunk")]
     arguments = [f"--noise_folder={tmp_path / 'noises'}", f"--output_folder={tmp_path}"]
-    hparams = load_batching(*arguments, *left_out, "--skip_prep=True")
-    prepare_data(hparams)
+    hparams = load_batching(*arguments, *left_out)
+    prepare_data({**hparams, "skip_prep": True})
     waves = torch.sin(torch.arange(16000) / 10).repeat(2, 1)
     noisy, lengths = hparams["wav_augment"](waves, torch.ones(2))
     assert noisy.shape == waves.shape and lengths.tolist() == [1, 1]
@@ -242,8 +237,25 @@ def test_noise_of_a_folder_is_added(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("samples", "keep", "reason"),
+    [
+        ([], 1, "it has no samples"),
+        ([0.1] * 800 + [np.nan], 1, "samples that are not finite"),
+        ([0.1] * 800, 0.5, "truncated: "),
+    ],
+)
+def test_bad_noise_is_named(tmp_path, samples, keep, reason):
+    path = tmp_path / "noise.wav"
+    soundfile.write(path, np.array(samples), 16000, subtype="FLOAT")
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(ValueError, match=f"noise_folder: {path}: .*{reason}"):
+        prepare_noise(tmp_path, tmp_path / "noise.csv", 16000, num_workers=0)
+    assert not (tmp_path / "noise.csv").exists()
+
+
+@pytest.mark.parametrize(
     ("rate", "channels", "message"),
-    [(8000, 1, "noise.wav has 8000 Hz and 1 channel"), (16000, 2, "16000 Hz and 2 channel")],
+    [(8000, 1, "noise.wav: 8000 Hz, expected 16000 Hz"), (16000, 2, "noise.wav: 2 channels")],
 )
 def test_unfit_noise_is_named(tmp_path, rate, channels, message):
     soundfile.write(tmp_path / "noise.wav", np.zeros((100, channels)), rate)
@@ -423,9 +435,8 @@ def test_tokenizer_without_bos_and_eos_is_refused_for_attention(tmp_path):
     argv = [str(YAML), "--data_folder=x", f"--output_folder={tmp_path}", *NO_MODEL]
     tokenizer = load_tokenizer(load([*argv, "--token_type=char"]))
     file = f"{tokenizer.prefix_model_file}.model"
-    hparams = seq2seq_hparams(tmp_path, f"--tokenizer_file={file}")
     with pytest.raises(ValueError, match="tokenizer_file .* has bos_index -1, the YAML .* 1"):
-        load_tokenizer(hparams)
+        seq2seq_hparams(tmp_path, f"--tokenizer_file={file}")
     # CTC takes the tokenizer of either.
     own = load_tokenizer(load([*argv, f"--tokenizer_file={file}"]))
     assert own.sp.vocab_size() == tokenizer.sp.vocab_size()

@@ -14,6 +14,7 @@ import pytest
 import ruamel.yaml
 import sentencepiece
 import torch
+from helpers import ROOT
 from recorded_run import then
 from speechbrain.utils.checkpoints import Checkpointer
 from tiny_corpora import SPLITS, make_noise
@@ -23,6 +24,8 @@ import train_ctc
 from sligru_recipes.corpora.librispeech import prepare_librispeech
 from sligru_recipes.lock import lock_folder
 from sligru_recipes.training.brain import RecipeBrain
+from sligru_recipes.training.experiment import load_hparams
+from sligru_recipes.training.resume import with_overrides
 
 pytestmark = pytest.mark.usefixtures("environment_described_once", "one_thread")
 
@@ -278,6 +281,38 @@ def test_vocabulary_that_was_sized_down_goes_on(noise, tmp_path):
     )
     train_ctc.main([str(tmp_path / "hyperparams.yaml"), "--device=cpu"])
     assert "all 2 epochs are done" in said(tmp_path)
+
+
+def test_saved_yaml_goes_on_with_the_run(noise, tmp_path):
+    """With overrides that have their effect, though other keys refer to theirs."""
+    train(arguments(noise, tmp_path, "--number_of_epochs=1"))
+    saved = [str(tmp_path / "hyperparams.yaml"), "--device=cpu", "--noprogressbar"]
+    assert train(saved) == {}
+    assert list(train([*saved, "--number_of_epochs=2", "--dropout=0.1"])) == [2]
+    keys = keys_of(tmp_path)
+    assert (keys["number_of_epochs"], keys["dropout"], keys["rnn_neurons"]) == (2, 0.1, 8)
+    assert "dropout was 0.0, now 0.1, number_of_epochs was 1, now 2" in said(tmp_path)
+    assert train(saved) == {}
+
+
+@pytest.mark.parametrize("key", ["rnn_class", "decoder_class"])
+def test_saved_yaml_has_the_classes_of_the_command_line(tmp_path, key):
+    """And takes others."""
+    classes = {"rnn_class": "SLiGRU", "decoder_class": "AttentionalRNNDecoder"}
+    ours, stock = (
+        ruamel.yaml.YAML().load(f"!name:{package}.{classes[key]}")
+        for package in ("sb_fast_sligru", "speechbrain.nnet.RNN")
+    )
+    sizes = dict.fromkeys(("rnn_neurons", "dnn_neurons", "dec_neurons", "attn_dim"), 4)
+    overrides = sizes | {"data_folder": "x", "output_folder": str(tmp_path), key: stock}
+    yaml = ROOT / "hparams/librispeech_seq2seq.yaml"
+    saved = tmp_path / "hyperparams.yaml"
+    saved.write_text(with_overrides(yaml, overrides))
+    for given, package in (({}, "speechbrain.nnet.RNN"), ({key: ours}, "sb_fast_sligru")):
+        hparams = load_hparams(saved, given)
+        module = hparams["enc"].RNN if key == "rnn_class" else hparams["dec"]
+        assert type(module).__module__.startswith(package)
+        assert type(module).__name__ == classes[key]
 
 
 def test_debugging_leaves_a_run_alone(noise, run_folder):

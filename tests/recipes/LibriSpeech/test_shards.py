@@ -10,8 +10,10 @@ import tarfile
 import types
 
 import pytest
+import soundfile
 import torch
 from speechbrain.dataio.dataio import read_audio
+from tiny_corpora import make_noise
 
 from sligru_recipes.corpora import shards
 from sligru_recipes.corpora.embedded import make_corpus
@@ -111,6 +113,28 @@ def test_another_manifest_leaves_the_shards_of_the_first(manifest, tmp_path):
     assert [row["ID"] for row in packed] == [row["ID"] for row in rows(shorter)]
     first = rows(shards.packed_manifest(manifest, folder))[0]
     assert torch.equal(shards.read_audio(first["wav"]), read_audio(rows(manifest)[0]["wav"]))
+
+
+def test_shards_are_packed_again_if_the_audio_changed(tmp_path):
+    """Not if it was only touched or copied; also if the size of a file stayed as it was."""
+    corpus, folder = make_noise(tmp_path / "noise", [0.5, 0.5]), tmp_path / "shards"
+    first, second = sorted((corpus / "train-clean-100/1/10").glob("*.flac"))
+    for path in (first, second):
+        soundfile.write(path.with_suffix(".wav"), *soundfile.read(path))
+        path.unlink()
+    first, second = first.with_suffix(".wav"), second.with_suffix(".wav")
+
+    def packed():
+        prepare_librispeech(corpus, tmp_path, "train-clean-100", num_workers=0)
+        shards.pack(tmp_path / "train.csv", folder)
+        return shards.packed_manifest(tmp_path / "train.csv", folder)
+
+    before = packed()
+    os.utime(first, (1, 1))
+    assert packed() == before
+    shutil.copyfile(second, first)
+    assert packed() != before
+    assert torch.equal(shards.read_audio(rows(packed())[0]["wav"]), read_audio(str(second)))
 
 
 def test_files_of_others_are_left_alone(manifest, tmp_path):

@@ -5,7 +5,9 @@ on what it has said before, so every speaker is spoken in order by a fresh proce
 engine.
 """
 
+import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -13,16 +15,17 @@ import json
 import multiprocessing
 import os
 import random
+import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from tqdm import tqdm
 
 from ..files import partial_path, write_text
 from ..processes import end_with_parent
+from ..progress import MINUTES, Progress
 from .sentences import LargeGrammar, SmallGrammar
 
 SAMPLE_RATE = 16000
@@ -315,7 +318,7 @@ def _claim_folder(folder, settings):
     path = folder / "settings.json"
     if path.is_file():
         # Versions before 0.2 had one vocabulary, the small one.
-        found = {"vocabulary": "small"} | _read_settings(path)
+        found = {"vocabulary": "small"} | read_settings(path)
         changed = [key for key in settings if found.get(key) != settings[key]]
         if changed:
             differences = ", ".join(
@@ -335,7 +338,8 @@ def _claim_folder(folder, settings):
         write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
-def _read_settings(path):
+def read_settings(path):
+    """The settings.json of a corpus, a dict; a ValueError names it if it is damaged."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
@@ -371,13 +375,15 @@ def make_corpus(folder, splits=None, seed=0, workers=None, vocabulary="small"):
     ModuleNotFoundError
         If `espeakng-loader` is not installed.
     ValueError
-        If `folder` holds something else, or a size in `splits` is impossible.
+        If `folder` holds something else, or a size in `splits` or `workers` is impossible.
 
     Example
     -------
     >>> make_corpus("corpus", {"train-clean-100": (2, 3)})  # doctest: +SKIP
     {'train-clean-100': 20.5}
     """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     engine = _engine_version()
     splits = splits or DEFAULT_SPLITS[vocabulary]
     for split, sizes in splits.items():
@@ -420,11 +426,14 @@ def _speak_missing(folder, speakers, seed, workers):
     if missing:
         with (
             ThreadPoolExecutor(workers or os.cpu_count()) as pool,
-            tqdm(
-                total=sum(len(speaker.sentences) for speaker in missing),
-                desc="synthesising speech",
-                unit="utterance",
-                disable=None,  # without a terminal
+            contextlib.closing(
+                Progress(
+                    "synthesising speech",
+                    sum(len(speaker.sentences) for speaker in missing),
+                    "utterance",
+                    MINUTES,
+                    functools.partial(print, file=sys.stderr, flush=True),
+                )
             ) as progress,
         ):
             tasks = {
@@ -466,7 +475,7 @@ def speak_known_speakers(folder, corpus, split, utterances, workers=None):
     path = Path(corpus, "settings.json")
     if not path.is_file():
         raise ValueError(f"{corpus} is no corpus of mini_librispeech.py: it has no settings.json")
-    settings = _read_settings(path)
+    settings = read_settings(path)
     for key, here in (("generator", GENERATOR_VERSION), ("espeakng_loader", _engine_version())):
         if settings[key] != here:
             raise ValueError(f"{corpus} was made by {key} {settings[key]}, here it is {here}")

@@ -1,7 +1,8 @@
 """CSV manifests of LibriSpeech, or of any corpus in its layout, with every file checked.
 
 Columns are those of SpeechBrain's own preparation (ID, duration, wav, spk_id, wrd), to be read
-with `DynamicItemDataset.from_csv`, and what tells whether a file is still the one that was checked.
+with `DynamicItemDataset.from_csv`, and what tells whether a file is still the one that was checked:
+its size and time of modification; if these changed, whether its samples did (crc32).
 Expected in a corpus's folder, whose splits may have any names:
 
     SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac         or .wav; mono
@@ -16,10 +17,12 @@ import csv
 import io
 import json
 import logging
+import math
 import multiprocessing
 import os
 import sys
 import tempfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -27,18 +30,19 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 from speechbrain.utils.parallel import get_available_cpu_count, parallel_map
-from tqdm import tqdm
 
 from ..files import write_text
 from ..libsndfile import find_cut
 from ..processes import end_with_parent
+from ..progress import MINUTES, Progress
 
 SAMPLE_RATE = 16000  # of LibriSpeech, Hz
-COLUMNS = ("ID", "duration", "wav", "spk_id", "wrd", "sample_rate", "size", "mtime_ns")
+COLUMNS = ("ID", "duration", "wav", "spk_id", "wrd", "sample_rate", "crc32", "size", "mtime_ns")
 ALPHABET = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ' ")
 EXTENSIONS = (".flac", ".wav")  # the first is preferred
 # SPLIT.csv of a split of such a name would be another file of `save_folder`.
 TAKEN_NAMES = ("train", "noise")
+CHUNK = 64  # files that a process checks at a time
 BLOCK = 2**20  # samples that are decoded at a time
 # From where on the size in a WAV file's header means that the writer, to a pipe, did not know it.
 UNKNOWN_SIZE = 0x7FFFF000  # bytes
@@ -95,8 +99,8 @@ def prepare_librispeech(
         If `data_folder` or a split's folder does not exist.
     ValueError
         If a split is given twice, but for validation and test, or is empty, a transcript file is
-        malformed, an utterance ID occurs twice, or a file is bad. The message names the split and
-        the file.
+        malformed, an utterance ID occurs twice, or a file is bad: the message names the split and
+        the file. Or if a number is impossible.
     OSError
         If a manifest cannot be written. The message names `save_folder` and the reason.
 
@@ -106,6 +110,10 @@ def prepare_librispeech(
     ...     "LibriSpeech", "manifests", ["train-clean-100"], ["dev-clean"]
     ... )  # doctest: +SKIP
     """
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+    if sample_rate is not None and sample_rate <= 0:
+        raise ValueError(f"sample_rate must be above 0, got {sample_rate}")
     data_folder, save_folder = Path(data_folder).resolve(), Path(save_folder)
     train_splits, dev_splits = as_list(train_splits), as_list(dev_splits)
     # One may be there for validation and for test.
@@ -172,7 +180,7 @@ def _check_splits(data_folder, train_splits, dev_splits, test_splits):
         if max(others) > 1 or (split in train_splits and sum(others) > 1):
             raise ValueError(f"split {split!r} is given more than once")
     if not data_folder.is_dir():
-        raise FileNotFoundError(f"data_folder {data_folder} does not exist")
+        raise FileNotFoundError(f"data_folder {data_folder} does not exist or is no folder")
     for split in splits:
         if not (data_folder / split).is_dir():
             found = [entry.name for entry in _entries(data_folder) if entry.is_dir()]
@@ -218,15 +226,15 @@ def _read_record(path):
 
 
 def _read_checked(manifest):
-    """File -> (seconds, Hz), of all that an earlier preparation found good."""
+    """File -> (seconds, Hz, checksum), of all that an earlier preparation found good."""
     try:
         with open(manifest, newline="", encoding="utf-8") as file:
             rows = csv.reader(file)
             if tuple(next(rows)) != COLUMNS:
                 raise ValueError("other columns")
             return {
-                File(path, int(size), int(mtime)): (float(seconds), int(rate))
-                for _, seconds, path, _, _, rate, size, mtime in rows
+                File(path, int(size), int(mtime)): (float(seconds), int(rate), checksum)
+                for _, seconds, path, _, _, rate, checksum, size, mtime in rows
             }
     except FileNotFoundError:
         return {}
@@ -291,10 +299,11 @@ def _check_split(folder, checked, sample_rate, num_workers):
     transcripts, audio = _find(folder)
     words = _read_transcripts(folder.name, transcripts)
     new = [file for file in audio.values() if file not in checked]
-    results = dict(zip(new, _check_files(folder.name, new, num_workers), strict=True))
+    found = check_files(folder.name, [file.path for file in new], num_workers)
+    results = dict(zip(new, found, strict=True))
     rows, bad = [], {}
     for stem, file in audio.items():
-        seconds, rate, reason = results.get(file) or (*checked[file], None)
+        seconds, rate, checksum, reason = results.get(file) or (*checked[file], None)
         if not reason and sample_rate and rate != sample_rate:
             reason = f"{rate} Hz, expected {sample_rate} Hz (sample_rate)"
         reason = _check_words(words.get(stem)) or reason
@@ -304,7 +313,7 @@ def _check_split(folder, checked, sample_rate, num_workers):
             name = os.path.basename(stem)
             # The reader's chapter is the "speaker" of SpeechBrain's manifests.
             chapter = name.rpartition("-")[0]
-            state = (rate, file.size, file.mtime_ns)
+            state = (rate, checksum, file.size, file.mtime_ns)
             rows.append((name, seconds, file.path, chapter, words[stem], *state))
     for stem in words.keys() - audio.keys():
         bad[stem + EXTENSIONS[0]] = "the transcript names it, but there is no such file"
@@ -331,25 +340,31 @@ def _check_ids(split, rows, taken):
         taken[name] = path
 
 
-def _check_files(split, files, num_workers):
-    """Results of `check_audio`, in the order of the files."""
-    paths = [file.path for file in files]
-    progress = {"desc": f"checking {split}", "unit": "file", "disable": None}
-    if num_workers == 0 or not paths:
-        return map(check_audio, tqdm(paths, **progress))
-    # Python's default from 3.14 on is a server, which would be the workers' parent.
-    context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else None)
-    workers = num_workers or get_available_cpu_count()
-    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as executor:
-        return list(
-            parallel_map(
-                check_audio,
-                paths,
-                chunk_size=64,
-                executor=executor,
-                progress_bar_kwargs=progress,
+def check_files(name, paths, num_workers):
+    """A list of the results of `check_audio`, in the order of the paths.
+
+    `name` is for the progress report; for `num_workers` see `prepare_librispeech`.
+    """
+    title, results = f"checking {name}", []
+    with contextlib.ExitStack() as stack:
+        progress = Progress(title, len(paths), "file", MINUTES, logger.info)
+        stack.callback(progress.close)
+        done = map(check_audio, paths)
+        if num_workers != 0 and paths:
+            # Python's default from 3.14 on is a server, which would be the workers' parent.
+            method = "fork" if sys.platform.startswith("linux") else None
+            context = multiprocessing.get_context(method)
+            # All of them start at once; more than there is work for would be in the way.
+            workers = min(num_workers or get_available_cpu_count(), math.ceil(len(paths) / CHUNK))
+            executor = ProcessPoolExecutor(workers, context, initializer=end_with_parent)
+            stack.enter_context(executor)
+            done = parallel_map(
+                check_audio, paths, chunk_size=CHUNK, executor=executor, progress_bar=False
             )
-        )
+        for result in done:
+            results.append(result)
+            progress.update()
+    return results
 
 
 def check_audio(path):
@@ -364,45 +379,50 @@ def check_audio(path):
     seconds : float or None
     sample_rate : int or None
         Hz.
+    checksum : str or None
+        CRC-32 of its samples, hexadecimal; None: something is wrong.
     reason : str or None
         What is wrong; None: nothing.
     """
     try:
         with soundfile.SoundFile(path) as audio:
-            reason = _check_content(audio)
-            return audio.frames / audio.samplerate, audio.samplerate, reason
+            checksum, reason = _check_content(audio)
+            return audio.frames / audio.samplerate, audio.samplerate, checksum, reason
     except soundfile.LibsndfileError as error:
         reason = error.error_string or f"error {error.code}"
-        return None, None, f"unreadable, {os.path.getsize(path)} bytes: {reason}"
+        return None, None, None, f"unreadable, {os.path.getsize(path)} bytes: {reason}"
     except OSError as error:
-        return None, None, f"unreadable: {error.strerror or error}"
+        return None, None, None, f"unreadable: {error.strerror or error}"
 
 
 def _check_content(audio):
+    """Checksum of the samples and None, or None and what is wrong."""
     if audio.channels != 1:
-        return f"{audio.channels} channels, expected 1"
+        return None, f"{audio.channels} channels, expected 1"
     if audio.frames == 0:
-        return "it has no samples"
+        return None, "it has no samples"
     promised, found = find_cut(audio.extra_info)
     if found < promised < UNKNOWN_SIZE:
-        return f"truncated: its header promises {promised} bytes of audio, it has {found}"
+        return None, f"truncated: its header promises {promised} bytes of audio, it has {found}"
     truncated = f"truncated: its header promises {audio.frames} samples"
     try:
         audio.seek(audio.frames - 1)
     except soundfile.LibsndfileError:
-        return truncated
+        return None, truncated
     audio.seek(0)
-    decoded = 0
+    decoded = checksum = 0
     try:
         while len(block := audio.read(BLOCK, dtype="float32")):
             with np.errstate(over="ignore", invalid="ignore"):
                 energy = np.dot(block, block)
             if not np.isfinite(energy):
-                return "it has samples that are not finite, or far too large"
+                return None, "it has samples that are not finite, or far too large"
             decoded += len(block)
+            checksum = zlib.crc32(block, checksum)
     except soundfile.LibsndfileError:
-        return f"damaged: its audio cannot be decoded after {decoded / audio.samplerate:.0f} s"
-    return None if decoded == audio.frames else truncated
+        seconds = decoded / audio.samplerate
+        return None, f"damaged: its audio cannot be decoded after {seconds:.0f} s"
+    return (f"{checksum:08x}", None) if decoded == audio.frames else (None, truncated)
 
 
 def _manifest(rows):

@@ -4,32 +4,40 @@ The files have WebDataset's layout: NAME-DIGEST-00000.tar and so on, in each KEY
 an utterance side by side. They are read at known positions, so a data set of them is one like any
 other: random access, sorted or dynamic batches, DDP, and training that resumes within an epoch.
 
-DIGEST is the manifest's. Runs of other manifests have other files in the same folder, and none is
-ever deleted or replaced.
+DIGEST is the manifest's, but for the times of its files. Runs of other manifests have other files
+in the same folder, and none is ever deleted or replaced.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
+import json
 import os
 import shutil
 import tarfile
 from pathlib import Path
 
 from speechbrain.dataio import dataio
-from tqdm import tqdm
+from speechbrain.utils.logger import get_logger
 
 from ..files import replacing
 from ..lock import lock_folder
+from ..progress import MINUTES, Progress
+
+logger = get_logger(__name__)
 
 SHARD_BYTES = 2**30
 DIGEST_LENGTH = 12  # hexadecimal digits
+TIME = "mtime_ns"  # a column; whether a file's samples changed is told by another
 LOCK_FILE = ".packing.lock"  # not that of a run, whose output folder it may be
 
 
 def packed_manifest(manifest, folder):
     """Path of the manifest of the shards of `manifest`, NAME-DIGEST.csv in `folder`."""
-    digest = hashlib.sha256(Path(manifest).read_bytes()).hexdigest()[:DIGEST_LENGTH]
+    with open(manifest, newline="", encoding="utf-8") as file:
+        rows = [{**row, TIME: None} for row in csv.DictReader(file)]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:DIGEST_LENGTH]
     return Path(folder, f"{Path(manifest).stem}-{digest}.csv")
 
 
@@ -54,16 +62,15 @@ def pack(manifest, folder):
     ValueError
         If the manifest has no utterance.
     """
-    folder = Path(folder)
-    packed = packed_manifest(manifest, folder)
-    if not _is_complete(packed):
+    if not is_packed(manifest, folder):
         with lock_folder(folder, "shard_folder", LOCK_FILE, wait=True):
-            if not _is_complete(packed):
-                _pack(manifest, packed)
+            if not is_packed(manifest, folder):
+                _pack(manifest, packed_manifest(manifest, folder))
 
 
-def _is_complete(packed):
-    """Whether all shards are where their manifest says."""
+def is_packed(manifest, folder):
+    """Whether all shards are where the manifest of them says."""
+    packed = packed_manifest(manifest, folder)
     if not packed.is_file():
         return False
     with open(packed, newline="", encoding="utf-8") as file:
@@ -81,7 +88,7 @@ def _pack(manifest, packed):
     missing = [path for path in paths if not path.is_file()]
     _check_space(packed.parent, [plan[paths.index(path)] for path in missing])
     title = f"packing {Path(manifest).stem}"
-    with tqdm(total=len(rows), desc=title, unit="file", disable=None) as progress:
+    with contextlib.closing(Progress(title, len(rows), "file", MINUTES, logger.info)) as progress:
         for path, utterances in zip(paths, plan, strict=True):
             if path in missing:
                 _write_shard(path, utterances)

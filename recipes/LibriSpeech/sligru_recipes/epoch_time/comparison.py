@@ -46,6 +46,7 @@ import sb_fast_sligru
 from sb_fast_sligru import machine
 
 from ..progress import Progress
+from ..training.experiment import check_precision
 from . import report as epoch_report
 from . import runs as epoch_runs
 from .checks import Refused, check_agreement, check_same_batches, check_seed_spread
@@ -157,6 +158,8 @@ def compare(arguments, options):
             options = dataclasses.replace(options, precisions=(recipe.hparams["precision"],))
         if "tf32" in options.precisions and "cuda" not in recipe.device:
             raise ValueError(f"precision tf32 needs a CUDA device, got {recipe.device}")
+        for precision in options.precisions:
+            check_precision(recipe.run_opts, precision)
         chosen = choose_batches(recipe, options)
         report = describe(recipe, arguments, options, chosen)
         if options.resume:

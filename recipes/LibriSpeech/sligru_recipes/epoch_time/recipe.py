@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from ..corpora import simulated
 from ..lock import lock_folder
 from ..training.ctc import CTC
-from ..training.data import batching, dataio_prepare, prepare_data
+from ..training.data import batching, dataio_prepare, prepare_data, prepare_noises
 from ..training.experiment import load_hparams, parse_arguments
 from ..training.seq2seq import Seq2Seq
 from ..training.tokenizer import load_tokenizer
@@ -104,7 +104,7 @@ def load_recipe(arguments, options, hold=False):
         if options.simulate:
             if hparams["shard_folder"]:
                 raise ValueError("shard_folder and --simulate exclude each other")
-            prepare_data({**hparams, "skip_prep": True})  # the noises
+            prepare_noises(hparams)
             folder = None
             if options.io:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="utterances-"))

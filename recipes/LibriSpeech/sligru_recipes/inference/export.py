@@ -10,6 +10,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from hyperpyyaml import resolve_references
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import TaggedScalar
 from ruamel.yaml.error import YAMLError
@@ -123,19 +124,21 @@ def export(run_folder, folder=None):
     YAML().dump(inference, text)
     text = HEADER + _needed(entries, text.getvalue()) + "\n" + text.getvalue()
     text += _longest_utterance(_moved(run_folder, hparams, "train_csv"))
-    _check_target(folder, run_folder, save_folder, ["hyperparams.yaml", *files])
+    is_export = _check_target(folder, run_folder, save_folder, ["hyperparams.yaml", *files])
     _write(folder, text, files, average_model(checkpoints) if count > 1 else None)
+    if is_export and "lm.ckpt" not in files:
+        Path(folder, "lm.ckpt").unlink(missing_ok=True)  # of the earlier export
     return folder
 
 
 def _read_yaml(run_folder):
-    """The YAML of a run, as text and as a dict."""
+    """The YAML of a run, as text and as a dict with its references filled in."""
     path = run_folder / "hyperparams.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{run_folder} is not the folder of a run: no hyperparams.yaml")
     text = path.read_text(encoding="utf-8")
     try:
-        hparams = YAML().load(text)
+        hparams = YAML().load(resolve_references(text))
     except YAMLError as error:
         raise FileNotFoundError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(hparams, dict) or "save_folder" not in hparams:
@@ -165,6 +168,7 @@ def _longest_utterance(manifest):
 
 
 def _check_target(folder, run_folder, save_folder, names):
+    """Refuse folders of something else; tells whether there is an earlier export."""
     target = folder.resolve()
     save_folder = save_folder.resolve()
     if target == run_folder.resolve():
@@ -175,10 +179,11 @@ def _check_target(folder, run_folder, save_folder, names):
         raise FileExistsError(f"{folder} is not a folder")
     yaml = target / "hyperparams.yaml"
     if yaml.is_file() and yaml.read_bytes().startswith(HEADER.encode()):
-        return  # an earlier export
+        return True
     for name in names:
         if os.path.lexists(target / name):
             raise FileExistsError(f"{folder} has a {name} that no export made: choose another")
+    return False
 
 
 def _write(folder, yaml, files, model):
@@ -207,14 +212,7 @@ def _find_tokenizer(save_folder, hparams):
 
 
 def _entries(run_yaml):
-    """Key -> its lines in a run's YAML, without comment lines.
-
-    SpeechBrain saves the YAML of a run with anchors where several keys share an object. They
-    become references to keys again: overriding one, such as `rnn_class`, then has its effect.
-    """
-    for key, anchor in re.findall(r"^(\w+): &(id\d+)\b", run_yaml, re.MULTILINE):
-        run_yaml = re.sub(rf" &{anchor}\b", "", run_yaml)
-        run_yaml = re.sub(rf"\*{anchor}\b", f"!ref <{key}>", run_yaml)
+    """Key -> its lines in a run's YAML, without comment lines."""
     lines = re.sub(r"^\s*(#.*)?\n", "", run_yaml, flags=re.MULTILINE)
     found = re.findall(r"^((\w+):.*\n(?:[ -].*\n)*)", lines, re.MULTILINE)
     return {key: entry for entry, key in found}
@@ -240,10 +238,13 @@ def _add_language_model(inference, entries):
 
 
 def _needed(entries, inference):
-    """The lines of all keys that the inference YAML refers to, directly or by others."""
-    needed, missing = {"decoding_function"}, [inference]
+    """The lines of all keys that the inference YAML refers to, directly or by others.
+
+    And of the function by which SpeechBrain's EncoderASR decodes.
+    """
+    needed, missing = set(), [inference, "<decoding_function>"]
     while missing:
-        keys = set(re.findall(r"!ref <(\w+)>", missing.pop())) & entries.keys()
+        keys = set(re.findall(r"<(\w+)>", missing.pop())) & entries.keys()
         missing += [entries[key] for key in keys - needed]
         needed |= keys
     return "".join(lines for key, lines in entries.items() if key in needed)

@@ -8,6 +8,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 
+from ..device import check_device
+
 # What export.py's YAML files build, and what a recipe's keys put in the place of it.
 KNOWN = {
     "sb_fast_sligru.AttentionalRNNDecoder",
@@ -69,8 +71,11 @@ def load_recogniser(folder, device=None, trust=False):
     FileNotFoundError
         If the folder has no inference YAML.
     ValueError
-        If its YAML names what the recipes do not use, or its files cannot be loaded.
+        If its YAML names what the recipes do not use, or its files cannot be loaded, or the device
+        cannot be used.
     """
+    if device is not None:
+        check_device(device)
     folder = Path(folder).resolve()
     path = folder / "hyperparams.yaml"
     try:
@@ -87,7 +92,7 @@ def load_recogniser(folder, device=None, trust=False):
     inference = EncoderDecoderASR if "decoder" in keys["modules"] else EncoderASR
     try:
         return inference.from_hparams(
-            source=str(folder), run_opts={"device": device} if device else None
+            source=str(folder), run_opts={"device": device} if device is not None else None
         )
     except (
         *(AttributeError, EOFError, ImportError, LookupError, OSError, RuntimeError),

@@ -79,12 +79,7 @@ class RecipeBrain(sb.Brain):
         self.train_loader = None
         self.batches_before = None  # digest of those that a checkpoint within an epoch had seen
         if self.hparams.use_tensorboard:
-            try:
-                self.tensorboard = self.hparams.tensorboard_logger()
-            except ImportError as error:
-                raise ValueError(
-                    f"use_tensorboard needs a package: pip install tensorboard ({error})"
-                ) from error
+            self.tensorboard = self.hparams.tensorboard_logger()
 
     def collect_stats(self, loss):
         """A dict of the statistics, beside the loss, of the validation or test that ends now."""

@@ -1,9 +1,9 @@
 """Manifests, datasets and batches of a recipe, by the keys of its YAML."""
 
 import csv
+import os
 from pathlib import Path
 
-import soundfile
 import speechbrain as sb
 import torch
 from speechbrain.dataio.sampler import DynamicBatchSampler
@@ -11,7 +11,7 @@ from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
 from ..corpora import shards
-from ..corpora.librispeech import as_list, manifest_path, prepare_librispeech
+from ..corpora.librispeech import as_list, check_files, manifest_path, prepare_librispeech
 from ..files import replacing
 from .tokenizer import check_alignable, check_characters, encode
 
@@ -21,26 +21,22 @@ logger = get_logger(__name__)
 LENGTH_TOLERANCE = 0.05
 # Of the encoder. One is too few for BatchNorm in training, if the utterance is a batch of its own.
 MIN_FRAMES = 2
+MISSING = "have no audio file"
 
 
 def prepare_data(hparams):
     """Write the manifests of the splits, unless `skip_prep` says that they are there.
 
-    Shards and the manifest of noises are written too, if the YAML has folders for them.
+    Shards and the manifest of noises are written too, if the YAML has folders for them. Manifests
+    that are there already are checked before.
 
     Raises
     ------
-    ValueError
-        If the features are impossible at `sample_rate`; else see what is called.
+    OSError, ValueError
+        See what is called.
     """
-    stft = getattr(hparams.get("compute_features"), "compute_STFT", None)
-    if stft and stft.n_fft < stft.win_length:
-        raise ValueError(
-            f"n_fft is {stft.n_fft} samples, but a window has {stft.win_length} at a sample_rate "
-            f"of {hparams['sample_rate']} Hz: n_fft must be at least that"
-        )
+    run_on_main(check_given_manifests, [hparams])
     if not hparams["skip_prep"]:
-        find_manifests(hparams)  # refuses what cannot be, before any work
         arguments = (
             "data_folder",
             "save_folder",
@@ -58,9 +54,14 @@ def prepare_data(hparams):
         train, valid, test = find_manifests(hparams)
         for manifest in (train, *valid, *test.values()):
             run_on_main(shards.pack, [manifest, hparams["shard_folder"]])
+    prepare_noises(hparams)
+
+
+def prepare_noises(hparams):
+    """Write the manifest of noises, if the YAML has a folder of them."""
     if hparams.get("noise_folder"):
-        arguments = (hparams["noise_folder"], hparams["noise_csv"], hparams["sample_rate"])
-        run_on_main(prepare_noise, arguments)
+        arguments = ("noise_folder", "noise_csv", "sample_rate", "num_workers")
+        run_on_main(prepare_noise, [hparams[name] for name in arguments])
 
 
 def find_manifests(hparams):
@@ -96,15 +97,69 @@ def find_manifests(hparams):
     return hparams["train_csv"], valid, dict(zip(names, test, strict=True))
 
 
-def prepare_noise(folder, manifest, sample_rate):
+def given_manifests(hparams):
+    """Key and path of each manifest that is read and that `prepare_data` does not write."""
+    train, valid, test = find_manifests(hparams)
+    written = set()
+    if not hparams["skip_prep"]:
+        save_folder = hparams["save_folder"]
+        splits = (as_list(hparams[f"{kind}_splits"]) for kind in ("train", "dev", "test"))
+        written = {manifest_path(save_folder, split) for names in splits for split in names}
+        written.add(Path(save_folder, "train.csv"))
+    needed = [] if hparams.get("text_file") else [train]
+    for key, paths in (("train_csv", needed), ("valid_csv", valid), ("test_csv", test.values())):
+        for path in map(Path, paths):
+            if path not in written:
+                yield key, path
+
+
+def find_given_manifests(hparams):
+    """Check that the manifests which `prepare_data` does not write are there.
+
+    Raises
+    ------
+    FileNotFoundError
+        Names the key and the file.
+    ValueError
+        See `find_manifests`.
+    """
+    for key, path in given_manifests(hparams):
+        if not path.is_file():
+            raise FileNotFoundError(f"{key} {path} does not exist or is no file")
+
+
+def check_given_manifests(hparams):
+    """Check the manifests that `prepare_data` does not write, and that their audio files exist.
+
+    Not where shards have the audio, nor for a language model, which needs none; `skip_bad_files`
+    leaves out what is missing later on.
+
+    Raises
+    ------
+    ValueError
+        If one is damaged, or files are missing; names the key, the manifest and a file.
+    """
+    shard_folder = hparams.get("shard_folder")
+    for key, path in given_manifests(hparams):
+        rows = load_manifest(str(path))
+        if hparams["skip_bad_files"] or "sample_rate" not in hparams:
+            continue
+        if not (shard_folder and shards.is_packed(path, shard_folder)):
+            leave_out(f"{key} {path}", rows, find_missing(rows), MISSING, False)
+
+
+def prepare_noise(folder, manifest, sample_rate, num_workers=None):
     """Write the manifest of a folder of noises, in the form that AddNoise reads.
+
+    `num_workers` processes decode each file, as for `prepare_librispeech`.
 
     Raises
     ------
     FileNotFoundError
         If `folder` holds no WAV or FLAC file, at any depth. Hidden ones do not count.
     ValueError
-        If one of them cannot be read, is not at `sample_rate` (Hz) or not mono.
+        If one of them cannot be decoded, is empty, has samples that are not finite, is not at
+        `sample_rate` (Hz) or not mono.
     """
     paths = sorted(
         path
@@ -119,17 +174,21 @@ def prepare_noise(folder, manifest, sample_rate):
     ):
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(("ID", "duration", "wav", "wav_format", "wav_opts"))
-        for number, path in enumerate(paths):
-            try:
-                audio = soundfile.info(path)
-            except soundfile.LibsndfileError as error:
-                raise ValueError(f"noise_folder: {path}: {error.error_string}") from error
-            if (audio.samplerate, audio.channels) != (sample_rate, 1):
-                raise ValueError(
-                    f"noise_folder: {path} has {audio.samplerate} Hz and {audio.channels} "
-                    f"channel(s), expected {sample_rate} Hz (sample_rate) and 1"
-                )
-            rows.writerow((number, audio.duration, path.resolve(), path.suffix[1:], ""))
+        results = check_files("noise", paths, num_workers)
+        for number, (path, result) in enumerate(zip(paths, results, strict=True)):
+            seconds, rate, _, reason = result
+            if not reason and rate != sample_rate:
+                reason = f"{rate} Hz, expected {sample_rate} Hz (sample_rate)"
+            if reason:
+                raise ValueError(f"noise_folder: {path}: {reason}")
+            rows.writerow((number, seconds, path.resolve(), path.suffix[1:], ""))
+
+
+class Unchanged:
+    """What takes the place of `$NAME` in a manifest: itself, as a path may have it."""
+
+    def __getitem__(self, name):
+        return f"${name}"
 
 
 def load_manifest(path):
@@ -141,7 +200,7 @@ def load_manifest(path):
         If it is none, or has no utterance. The message names it.
     """
     try:
-        rows = sb.dataio.dataio.load_data_csv(path)
+        rows = sb.dataio.dataio.load_data_csv(path, Unchanged())
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} is no manifest, or damaged: {error}") from error
     if not rows:
@@ -153,27 +212,41 @@ def load_manifest(path):
     return rows
 
 
-def leave_out_short(path, rows, seconds, skip_bad_files):
-    """The rows of a manifest without utterances that are shorter than MIN_FRAMES.
+def leave_out(source, rows, bad, reason, skip_bad_files):
+    """The rows of a manifest without bad ones.
+
+    Arguments
+    ---------
+    source : str
+        What messages call the manifest.
+    rows : dict
+        As `load_manifest` returns them.
+    bad : dict
+        ID -> what to tell of the utterance.
+    reason : str
+        What is wrong with them, a verb first.
+    skip_bad_files : bool
 
     Raises
     ------
     ValueError
-        If there are such, and not `skip_bad_files`; or no others.
+        If there are bad ones, and not `skip_bad_files`; or no others.
     """
-    short = [name for name, row in rows.items() if row["duration"] < seconds]
-    if not short:
+    if not bad:
         return rows
-    message = (
-        f"{path}: {len(short)} utterances (such as {short[0]}, {rows[short[0]]['duration']:g} s) "
-        f"are shorter than {MIN_FRAMES} encoder frames ({seconds:g} s)"
-    )
+    name, about = next(iter(bad.items()))
+    message = f"{source}: {len(bad)} utterances (such as {name}, {about}) {reason}"
     if not skip_bad_files:
         raise ValueError(f"{message}; remove them or set skip_bad_files")
-    if len(short) == len(rows):
+    if len(bad) == len(rows):
         raise ValueError(message)
     logger.warning(f"{message}: left out")
-    return {name: row for name, row in rows.items() if name not in set(short)}
+    return {name: row for name, row in rows.items() if name not in bad}
+
+
+def find_missing(rows):
+    """ID -> path of the audio files of a manifest that do not exist."""
+    return {name: row["wav"] for name, row in rows.items() if not os.path.isfile(row["wav"])}
 
 
 def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
@@ -203,6 +276,8 @@ def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
     read_audio = shards.read_audio if shard_folder else sb.dataio.dataio.read_audio
     frames_per_second = 1000 / hparams["hop_length"] / hparams["time_pooling_size"]
     shortest = MIN_FRAMES / frames_per_second
+    too_short = f"are shorter than {MIN_FRAMES} encoder frames ({shortest:g} s)"
+    skip_bad_files = hparams["skip_bad_files"]
 
     @sb.utils.data_pipeline.takes("wav", "duration")
     @sb.utils.data_pipeline.provides("sig")
@@ -233,7 +308,14 @@ def dataio_prepare(hparams, tokenizer, targets=("tokens",)):
             if shard_folder:
                 path = str(shards.packed_manifest(path, shard_folder))
             found = load_manifest(path)
-            found = leave_out_short(path, found, shortest, hparams["skip_bad_files"])
+            bad = {
+                name: f"{row['duration']:g} s"
+                for name, row in found.items()
+                if row["duration"] < shortest
+            }
+            found = leave_out(path, found, bad, too_short, skip_bad_files)
+            if skip_bad_files and not shard_folder:  # else they were looked for before
+                found = leave_out(path, found, find_missing(found), MISSING, skip_bad_files)
             for name in found.keys() & rows.keys():
                 raise ValueError(f"{path} has the utterance {name}, as another manifest has")
             transcripts = ((name, row["wrd"]) for name, row in found.items())
@@ -261,11 +343,6 @@ def batching(hparams, train_data):
     train_data : DynamicItemDataset
     loader_kwargs : dict
         For `Brain.fit`; dynamic batches come as its `batch_sampler`.
-
-    Raises
-    ------
-    ValueError
-        If `sorting` is not one of ascending, descending and random.
     """
     options = dict(hparams["train_dataloader_opts"])
     if hparams["dynamic_batching"]:
@@ -273,8 +350,6 @@ def batching(hparams, train_data):
         sampler = DynamicBatchSampler(train_data, **hparams["dynamic_batch_sampler"])
         return train_data, {**options, "batch_sampler": sampler}
     sorting = hparams["sorting"]
-    if sorting not in ("ascending", "descending", "random"):
-        raise ValueError(f"sorting must be ascending, descending or random, got {sorting!r}")
     if sorting == "random":
         return train_data, {**options, "shuffle": True}
     return train_data.filtered_sorted(sort_key="duration", reverse=sorting == "descending"), options

@@ -4,10 +4,14 @@ import contextlib
 import copy
 import dataclasses
 import filecmp
+import importlib
+import inspect
 import json
+import math
 import os
 import re
 import sys
+import traceback
 from datetime import date
 from pathlib import Path
 
@@ -15,28 +19,86 @@ import ruamel.yaml
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
+from speechbrain.augment.time_domain import DropChunk
+from speechbrain.dataio.sampler import DynamicBatchSampler
+from speechbrain.utils.distributed import (
+    ddp_init_group,
+    if_main_process,
+    infer_device,
+    run_on_main,
+)
 from speechbrain.utils.logger import get_environment_description, get_logger
 from speechbrain.utils.run_opts import RunOptions
+from torch.utils.data import DataLoader
 
-from ..files import write_text
+from ..device import check_device
+from ..files import make_folder, write_text
 from ..lock import lock_folder
-from .resume import FITTED_SIZE, check_resume, describe, find_references, resolve
+from .data import find_given_manifests
+from .resume import (
+    FITTED_SIZE,
+    check_resume,
+    describe,
+    find_references,
+    resolve,
+    with_overrides,
+)
+from .tokenizer import check_tokenizer
 
 logger = get_logger(__name__)
 
 GZIP = b"\x1f\x8b"
-LEAST = {
-    "avg_checkpoints": 1,
-    "batch_size": 1,
-    "max_batch_length": 0.1,
-    "num_workers": 0,
-    "number_of_epochs": 0,
-}
+LARGEST_SEED = 2**32 - 1  # NumPy's
 # Keys of paths, and what a shell would have replaced in them: YAML does not, nor does a shell
 # within quotes or after `--KEY=`.
 PATH_KEY = re.compile(r"_(folder|file|csv|log)$|^train_log$")
 UNEXPANDED = re.compile(r"\$\w+|\$\{\w+\}|^~")
+# What numbers must be -> whether one is, and which keys are meant.
+RANGES = {
+    "a whole number, at least 1": (
+        lambda value: _is_whole(value) and value >= 1,
+        {
+            *("batch_size", "num_buckets", "avg_checkpoints", "sample_rate", "n_fft", "n_mels"),
+            *("time_pooling_size", "rnn_layers", "rnn_neurons", "dnn_neurons", "vocab_size"),
+            *("emb_size", "dec_neurons", "attn_dim", "attn_channels", "attn_kernel_size"),
+            *("lm_emb_size", "lm_rnn_layers", "lm_rnn_neurons", "lm_dnn_neurons"),
+            *("test_beam_size", "grad_accumulation_factor", "debug_batches", "debug_epochs"),
+        },
+    ),
+    "a whole number, at least 0": (
+        lambda value: _is_whole(value) and value >= 0,
+        {
+            *("num_workers", "number_of_epochs", "number_of_ctc_epochs", "max_attn_shift"),
+            *("cnn_blocks", "dnn_blocks", "lm_dnn_blocks"),
+        },
+    ),
+    f"a whole number from 0 to {LARGEST_SEED}": (
+        lambda value: _is_whole(value) and 0 <= value <= LARGEST_SEED,
+        {"seed"},
+    ),
+    "above 0": (
+        lambda value: 0 < value < math.inf,
+        {"max_batch_length", "hop_length", "max_decode_ratio", "temperature", "temperature_lm"},
+    ),
+    "at least 0": (
+        lambda value: 0 <= value < math.inf,
+        {"lr", "ckpt_interval_minutes", "ckpt_interval_steps", "log_interval_minutes"},
+    ),
+    "from 0 to 1": (lambda value: 0 <= value <= 1, {"ctc_weight", "ctc_weight_decode"}),
+    "above 0 and at most 1": (
+        lambda value: 0 < value <= 1,
+        {"annealing_factor", "character_coverage"},
+    ),
+}
+CHOICES = {
+    "token_type": ("unigram", "bpe", "char"),
+    "sorting": ("ascending", "descending", "random"),
+}
+# Paths without which nothing goes, though YAML reads an empty value as null.
+NEEDED_PATHS = (
+    *("output_folder", "output_wer_folder", "save_folder", "train_log", "data_folder"),
+    *("train_csv", "noise_csv"),
+)
 # Folders that hold weights -> who makes them.
 MADE_BY = {
     "lm_folder": "run train_lm.py",
@@ -58,11 +120,12 @@ def parse_arguments(argv=None):
     Raises
     ------
     ValueError
-        If a key is given twice, or its value is not YAML, or the device cannot be used.
+        If a key is given twice, or its value is not YAML, or the device or a number is impossible.
     """
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     if run_opts["device"] is not None:
         check_device(run_opts["device"])
+    check_numbers(run_opts.as_dict())
     yaml = ruamel.yaml.YAML()  # keeps tags such as !name: as they are
     try:
         overrides = yaml.load(overrides) or {}
@@ -72,16 +135,6 @@ def parse_arguments(argv=None):
     if overrides_file is not None:
         overrides = {**_load_keys(overrides_file), **overrides}
     return hparams_file, run_opts, overrides, overrides_file
-
-
-def check_device(name):
-    """Raise ValueError if PyTorch does not know a device, or there is no such GPU."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device={name}: it must be such as cpu or cuda:0") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device={name}: {torch.cuda.device_count()} CUDA GPUs are visible")
 
 
 def _load_keys(path):
@@ -118,9 +171,12 @@ def load_hparams(hparams_file, overrides):
             raise ValueError(f"{key} is neither a key of {hparams_file} nor a run option")
         for kind, name in ((bool, "True or False"), (int | float, "a number")):
             if isinstance(keys[key], kind):
-                if not isinstance(value, kind) and not _tag(value):
+                fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+                if not (fits or _tag(value)) or value != value:  # NaN is not equal to itself
                     raise ValueError(f"{key} must be {name}, got {value!r}")
                 break
+        if _builds(keys[key]) and not (isinstance(value, dict) or _tag(value)):
+            raise ValueError(f"{key} must be a class such as {_tag(keys[key])}, got {value!r}")
         if isinstance(value, dict):
             if not isinstance(keys[key], dict):
                 raise ValueError(f"{key} has no arguments in {hparams_file}: change that file")
@@ -130,17 +186,99 @@ def load_hparams(hparams_file, overrides):
                     f"{key}: an override that has arguments keeps the class of {hparams_file}, "
                     f"{own}; give {other} without arguments, or change that file"
                 )
-    check_values(ruamel.yaml.YAML().load(resolve(hparams_file, copy.deepcopy(overrides))))
+    values = ruamel.yaml.YAML().load(resolve(hparams_file, copy.deepcopy(overrides)))
+    check_values(values)
+    make_folder(values["save_folder"], "save_folder")  # else the checkpointer does, without a name
     try:
         with open(hparams_file, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, copy.deepcopy(overrides))
-    except (ImportError, TypeError) as error:  # the latter with the class as first argument
+    # A TypeError has the class as first argument.
+    except (ImportError, TypeError, ValueError) as error:
         raise ValueError(f"{hparams_file}: {', '.join(map(str, error.args))}") from error
-    try:
-        hparams["opt_class"]([torch.nn.Parameter(torch.zeros(1))], lr=hparams["lr"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"opt_class, lr: {error}") from error
+    except (
+        ArithmeticError,
+        AssertionError,
+        IndexError,
+        RuntimeError,
+    ) as error:  # such as too few cnn_channels
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"{hparams_file}: the model cannot be built: {error} "
+            f"({os.path.basename(place.filename)}: {place.line})"
+        ) from error
+    check_arguments(hparams)
     return hparams
+
+
+def check_arguments(hparams):
+    """Check what is called with arguments of the YAML later on.
+
+    Raises
+    ------
+    ValueError
+        Names the key whose class does not take them, or is impossible at `sample_rate`.
+    """
+    stft = getattr(hparams.get("compute_features"), "compute_STFT", None)
+    if stft and stft.n_fft < stft.win_length:
+        raise ValueError(
+            f"n_fft is {stft.n_fft} samples, but a window has {stft.win_length} at a sample_rate "
+            f"of {hparams['sample_rate']} Hz: n_fft must be at least that"
+        )
+    try:
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        optimizer = hparams["opt_class"]([parameter], lr=hparams["lr"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"opt_class: {one_line(error)}") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"opt_class: {type(optimizer).__name__} is no torch.optim.Optimizer")
+    if "closure" in _required(optimizer.step):
+        raise ValueError(f"opt_class: {type(optimizer).__name__} needs a closure, which none has")
+    if "lr" in getattr(hparams["opt_class"], "keywords", {}):
+        raise ValueError("opt_class has lr, which is a key of its own: --lr")
+    for key in ("train_dataloader_opts", "valid_dataloader_opts", "test_dataloader_opts"):
+        with _naming(key):
+            DataLoader([0], **hparams[key])
+    if hparams.get("dynamic_batching"):
+        with _naming("dynamic_batch_sampler"):
+            options = hparams["dynamic_batch_sampler"]
+            DynamicBatchSampler(range(2), lengths_list=[1.0, 2.0], **options)
+    wavs, lengths = torch.zeros(1, 16000), torch.ones(1)
+    for key, inputs in (
+        ("speed_perturb", [wavs]),
+        ("drop_freq", [wavs]),
+        ("drop_chunk", [wavs, lengths]),
+    ):
+        if hparams.get(f"enable_{key}"):
+            # What is drawn here changes no run.
+            with _naming(key), torch.random.fork_rng(devices=[]):
+                hparams[key](*inputs)
+    if hparams["use_tensorboard"]:
+        try:
+            importlib.import_module("torch.utils.tensorboard")
+        except ImportError as error:
+            raise ValueError(
+                f"use_tensorboard needs a package: pip install tensorboard ({error})"
+            ) from error
+
+
+@contextlib.contextmanager
+def _naming(key):
+    """What goes wrong ends as a ValueError that names `key`; SpeechBrain raises of every kind."""
+    try:
+        yield
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = str(error).strip() or f"{place.name} refuses its arguments"
+        raise ValueError(f"{key}: {one_line(reason)}") from error
+
+
+def _required(function):
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty]
+
+
+def _builds(node):
+    return (_tag(node) or "").startswith(("!new:", "!name:"))
 
 
 def _tag(node):
@@ -164,19 +302,26 @@ def check_values(values):
                 start, _, _ = path[found.end() :].partition("/")
                 if not os.path.exists(path[: found.end()] + start):  # it may be called so
                     raise ValueError(f"{key} {path}: {found[0]} is not expanded here; write it out")
-    for key in ("tokenizer_file", "text_file", "valid_csv", "test_csv"):
-        paths = values.get(key) or []
-        for path in paths if isinstance(paths, list) else [paths]:
-            if not os.path.isfile(path) and os.path.dirname(path) != values["save_folder"]:
-                raise FileNotFoundError(f"{key} {path} does not exist or is no file")
-    for key, least in LEAST.items():
-        if values.get(key, least) < least:
-            raise ValueError(f"{key} must be at least {least}, got {values[key]}")
+    for key in NEEDED_PATHS:
+        if key in values and not values[key]:
+            raise ValueError(f"{key} is empty")
+    check_numbers(values)
+    for key, choices in CHOICES.items():
+        if key in values and values[key] not in choices:
+            raise ValueError(f"{key} must be one of {', '.join(choices)}, got {values[key]!r}")
+    for key in ("tokenizer_file", "text_file"):
+        path = values.get(key)
+        if path and not os.path.isfile(path):
+            raise FileNotFoundError(f"{key} {path} does not exist or is no file")
+    given = values["tokenizer_file"]
+    if given:
+        check_tokenizer(given, values, f"tokenizer_file {given}")
     text_file = values.get("text_file")
     if text_file:
         with open(text_file, "rb") as file:
             if file.read(len(GZIP)) == GZIP:
                 raise ValueError(f"text_file {text_file} is compressed: unpack it by gunzip")
+    find_given_manifests(values)
     folders = {"lm_folder": ("lm", "tokenizer"), "noise_folder": ()}
     pretrained = values.get("pretrained_folder")
     if pretrained:
@@ -189,12 +334,24 @@ def check_values(values):
             if not os.path.isfile(os.path.join(folder, f"{name}.ckpt")):
                 raise FileNotFoundError(f"{key} {folder} has no {name}.ckpt: {MADE_BY[key]}")
     if pretrained:
-        given, theirs = values["tokenizer_file"], os.path.join(pretrained, "tokenizer.ckpt")
+        theirs = os.path.join(pretrained, "tokenizer.ckpt")
         if not given or not filecmp.cmp(given, theirs, shallow=False):
             raise ValueError(
                 f"pretrained_folder {pretrained} needs its own tokenizer: "
                 f"set tokenizer_file to {theirs}"
             )
+
+
+def check_numbers(values):
+    """Raise ValueError if a number is impossible; `values` are keys or run options."""
+    for key, value in values.items():
+        for name, (is_fit, keys) in RANGES.items():
+            if key in keys and isinstance(value, int | float) and not is_fit(value):
+                raise ValueError(f"{key} must be {name}, got {value}")
+
+
+def _is_whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass
@@ -244,7 +401,7 @@ class Experiment:
             f"# Generated {date.today()} from:\n# {os.path.abspath(self.hparams_file)}\n"
             "# yamllint disable\n"
         )
-        text = header + resolve(self.hparams_file, copy.deepcopy(self.overrides))
+        text = header + with_overrides(self.hparams_file, copy.deepcopy(self.overrides))
         for name, content in (
             ("hyperparams.yaml", text),
             ("env.log", get_environment_description()),
@@ -277,6 +434,7 @@ def start_experiment(argv, script):
     ddp_init_group(run_opts)
     overrides.update(run_options_of_the_yaml(hparams_file, run_opts))
     hparams = load_hparams(hparams_file, overrides)
+    check_precision(run_opts, hparams["precision"])
     experiment = Experiment(hparams, run_opts, hparams_file, overrides, (script, overrides_file))
     hparams["checkpointer"].settings = describe(hparams_file, overrides)
     folder = hparams["output_folder"]
@@ -285,12 +443,21 @@ def start_experiment(argv, script):
         if if_main_process():
             stack.enter_context(lock_folder(folder))
             changed = _check_checkpoint(experiment)
+            _make_folders(hparams)
         sb.create_experiment_directory(folder, save_env_desc=False)
         if changed:
             logger.info(f"The run that is here goes on with other settings: {changed}")
         # It saves the file that calls it: this one, which `save_sources` puts in its place.
         run_on_main(os.remove, [os.path.join(folder, os.path.basename(__file__))])
         yield experiment
+
+
+def check_precision(run_opts, precision):
+    """Raise ValueError if the device cannot compute in it, in training or in validation."""
+    device = run_opts.device or infer_device()
+    for name in (precision, run_opts.eval_precision):
+        if name == "fp16" and torch.device(device).type != "cuda":
+            raise ValueError(f"precision fp16 needs a CUDA device, got {device}")
 
 
 def run_options_of_the_yaml(hparams_file, run_opts):
@@ -310,6 +477,18 @@ def run_options_of_the_yaml(hparams_file, run_opts):
             )
         found["ckpt_interval_minutes"] = 0  # not that of the YAML
     return found
+
+
+def _make_folders(hparams):
+    """For what is written later, some of it after the last epoch."""
+    for key, folder in (
+        ("output_wer_folder", hparams.get("output_wer_folder")),
+        ("shard_folder", hparams.get("shard_folder")),
+        ("train_log", os.path.dirname(hparams["train_log"])),
+        ("noise_csv", os.path.dirname(hparams.get("noise_csv", ""))),
+    ):
+        if folder:
+            make_folder(folder, key)
 
 
 def _check_checkpoint(experiment):

@@ -15,6 +15,7 @@ from pathlib import Path
 import ruamel.yaml
 import torch
 from hyperpyyaml import resolve_references
+from hyperpyyaml.core import recursive_update
 
 from .checkpoints import LOAD_ERRORS, reason_of
 
@@ -30,6 +31,16 @@ FIXED = (
     "pretrained_folder",
 )
 FITTED_SIZE = "fitted vocab_size"  # of the tokenizer, where the text could not fill vocab_size
+
+
+def with_overrides(hparams_file, overrides):
+    """A YAML with its overrides in their places, as text; references stay, for later overrides."""
+    yaml, text = ruamel.yaml.YAML(), io.StringIO()
+    with open(hparams_file, encoding="utf-8") as file:
+        keys = yaml.load(file)
+    recursive_update(keys, overrides)
+    yaml.dump(keys, text)
+    return text.getvalue()
 
 
 def resolve(hparams_file, overrides):

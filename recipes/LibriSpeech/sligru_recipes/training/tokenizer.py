@@ -17,6 +17,7 @@ logger = get_logger(__name__)
 
 # A few transcripts with too many tokens for their audio are wrong data, more are a wrong setting.
 MAX_UNALIGNABLE = 0.01
+TOKENIZER_OF = "take the tokenizer of a seq2seq recogniser or of a language model"
 QUIET = 2  # SentencePiece's log level: errors alone
 
 
@@ -39,8 +40,8 @@ def load_tokenizer(hparams, text_file=None):
     Raises
     ------
     ValueError
-        If `vocab_size` is smaller than the number of characters, `character_coverage` is no share,
-        a tokenizer is damaged, or the given tokenizer's bos and eos are not those of the YAML.
+        If `vocab_size` is smaller than the number of characters, or a tokenizer does not fit (see
+        `check_tokenizer`).
     """
     folder, token_type = hparams["save_folder"], hparams["token_type"]
 
@@ -48,14 +49,14 @@ def load_tokenizer(hparams, text_file=None):
         return os.path.join(folder, f"{size}_{token_type}.model")
 
     def adopt(path):
-        size = _vocab_size(path, f"tokenizer_file {path}")
+        size = check_tokenizer(path, hparams, f"tokenizer_file {path}")
         with replacing(name(size)) as partial:
             shutil.copyfile(path, partial)
         return size
 
     def train(size):
         if os.path.isfile(name(size)):
-            _vocab_size(name(size), f"the run's tokenizer {name(size)}")
+            check_tokenizer(name(size), hparams, f"the run's tokenizer {name(size)}")
             return size
         # SentencePiece takes no spaces in its paths, which save_folder may have.
         with tempfile.TemporaryDirectory() as scratch:
@@ -68,7 +69,7 @@ def load_tokenizer(hparams, text_file=None):
                     model_dir=scratch,
                     vocab_size=size,
                     model_type=token_type,
-                    character_coverage=coverage,
+                    character_coverage=hparams["character_coverage"],
                     bos_id=hparams.get("bos_index", -1),
                     eos_id=hparams.get("eos_index", -1),
                     **source,
@@ -82,32 +83,39 @@ def load_tokenizer(hparams, text_file=None):
                     f"using the most they can, {limit[1]}"
                 )
                 return train(int(limit[1]))
+            trained = os.path.join(scratch, os.path.basename(name(size)))
+            check_tokenizer(trained, hparams, "the new tokenizer")
             with replacing(name(size)) as partial:
-                shutil.copyfile(os.path.join(scratch, os.path.basename(name(size))), partial)
+                shutil.copyfile(trained, partial)
         return size
 
-    coverage = hparams["character_coverage"]
-    if not 0 < coverage <= 1:
-        raise ValueError(f"character_coverage must be above 0 and at most 1, got {coverage}")
     sentencepiece.set_min_log_level(QUIET)
     given = hparams["tokenizer_file"]
     size = main_process_only(adopt if given else train)(given or hparams["vocab_size"])
-    tokenizer = SentencePiece(model_dir=folder, vocab_size=size, model_type=token_type)
-    found = {"bos_index": tokenizer.sp.bos_id(), "eos_index": tokenizer.sp.eos_id()}
-    for key, index in found.items():
-        if hparams.get(key, index) != index:
-            raise ValueError(
-                f"tokenizer_file {given} has {key} {index}, the YAML has {key} {hparams[key]}: "
-                "take the tokenizer of a seq2seq recogniser or of a language model"
-            )
-    return tokenizer
+    return SentencePiece(model_dir=folder, vocab_size=size, model_type=token_type)
 
 
-def _vocab_size(path, title):
+def check_tokenizer(path, keys, title):
+    """Check that a tokenizer fits the keys of a YAML; returns its number of tokens.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged, or its unknown token (the blank), bos or eos are not those of the YAML.
+        The message calls it `title`.
+    """
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=path).vocab_size()
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=path)
     except (OSError, RuntimeError) as error:  # such as "unk is not defined" of an empty file
         raise ValueError(f"{title} is damaged, or no SentencePiece model") from error
+    for key, index, hint in (
+        ("blank_index", tokenizer.unk_id(), "the blank is the unknown token"),
+        ("bos_index", tokenizer.bos_id(), TOKENIZER_OF),
+        ("eos_index", tokenizer.eos_id(), TOKENIZER_OF),
+    ):
+        if keys.get(key, index) != index:
+            raise ValueError(f"{title} has {key} {index}, the YAML has {key} {keys[key]}: {hint}")
+    return tokenizer.vocab_size()
 
 
 def encode(tokenizer, text):
