@@ -804,5 +804,7 @@ def test_corpus_needs_a_worker(tmp_path, workers):
 
 
 def test_command_line_ends_in_one_line(tmp_path):
-    with pytest.raises(SystemExit, match="^prepare: data_folder .* does not exist$"):
+    with pytest.raises(
+        SystemExit, match="^prepare: data_folder .* does not exist or is no folder$"
+    ):
         prepare.main([str(tmp_path / "nowhere"), str(tmp_path), "--train", "train-clean-100"])

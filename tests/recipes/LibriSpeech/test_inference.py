@@ -289,7 +289,7 @@ def test_full_disk_leaves_the_earlier_export(run, tmp_path, monkeypatch):
 
 
 def test_folders_without_a_run_s_yaml_are_no_runs(exported, tmp_path):
-    for yaml in ("", "a: [", "just text"):
+    for yaml in ("", "a: [", "just text", "- 1", "save_folder: !ref <nothing>"):
         (tmp_path / "hyperparams.yaml").write_text(yaml)
         with pytest.raises(SystemExit, match=f"^export_inference: {tmp_path}[^\n]*$"):
             export_inference.main([str(tmp_path)])

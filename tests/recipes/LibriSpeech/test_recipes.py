@@ -21,7 +21,7 @@ from tiny_corpora import make_speech
 import train_ctc
 import train_lm
 from sligru_recipes.training.ctc import CTC
-from sligru_recipes.training.data import batching, prepare_data, prepare_noise
+from sligru_recipes.training.data import batching, prepare_noise, prepare_noises
 from sligru_recipes.training.experiment import load_hparams, parse_arguments
 from sligru_recipes.training.language_model import LanguageModel, Sentences
 from sligru_recipes.training.seq2seq import make_test_search
@@ -225,7 +225,7 @@ def test_noise_of_a_folder_is_added(tmp_path):
     left_out = [f"--enable_{name}=False" for name in ("speed_perturb", "drop_freq", "drop_chunk")]
     arguments = [f"--noise_folder={tmp_path / 'noises'}", f"--output_folder={tmp_path}"]
     hparams = load_batching(*arguments, *left_out)
-    prepare_data({**hparams, "skip_prep": True})
+    prepare_noises(hparams)
     waves = torch.sin(torch.arange(16000) / 10).repeat(2, 1)
     noisy, lengths = hparams["wav_augment"](waves, torch.ones(2))
     assert noisy.shape == waves.shape and lengths.tolist() == [1, 1]

@@ -139,7 +139,8 @@ def _read_yaml(run_folder):
     text = path.read_text(encoding="utf-8")
     try:
         hparams = YAML().load(resolve_references(text))
-    except YAMLError as error:
+    # A reference to nothing, or a YAML without keys, has one of the others.
+    except (AttributeError, LookupError, TypeError, ValueError, YAMLError) as error:
         raise FileNotFoundError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(hparams, dict) or "save_folder" not in hparams:
         raise FileNotFoundError(f"{run_folder} is not the folder of a run: no key save_folder")
