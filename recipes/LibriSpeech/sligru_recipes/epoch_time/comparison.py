@@ -51,6 +51,7 @@ import sb_fast_sligru
 from sb_fast_sligru import machine
 
 from ..progress import Progress
+from ..training.loading import loader_options
 from . import report as epoch_report
 from . import runs as epoch_runs
 from .checks import Refused, check_agreement, check_same_batches, check_seed_spread
@@ -238,7 +239,7 @@ def measure(report, recipe, arguments, options, chosen):
     total = 3 * AGREEMENT_STEPS * len(to_agree) + sum(map(len, plans))
     if report["loader"] is None:
         report["loader"] = {
-            "processes": recipe.loader_options.get("num_workers", 0),
+            "processes": loader_options(recipe.loader_options, recipe.device)["num_workers"],
             "seconds_per_batch": epoch_runs.loading_seconds(recipe, chosen),
         }
     # Not by the log, which `quiet` silences.

@@ -91,7 +91,7 @@ def watch(brain, clock):
     add(modules.ctc_lin, "losses")
 
     compute_forward, compute_objectives = brain.compute_forward, brain.compute_objectives
-    optimizers_step = brain.optimizers_step
+    finish_batch = brain.finish_batch
 
     def marked_forward(*args):
         clock.mark("augmentation")
@@ -102,16 +102,16 @@ def watch(brain, clock):
         loss.register_hook(lambda gradient: clock.mark("losses backward"))
         return loss
 
-    def marked_step():
+    def marked_finish(*args):
         clock.mark("optimiser")
-        optimizers_step()
+        return finish_batch(*args)
 
     brain.compute_forward, brain.compute_objectives = marked_forward, marked_objectives
-    brain.optimizers_step = marked_step
+    brain.finish_batch = marked_finish
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for name in ("compute_forward", "compute_objectives", "optimizers_step"):
+        for name in ("compute_forward", "compute_objectives", "finish_batch"):
             delattr(brain, name)

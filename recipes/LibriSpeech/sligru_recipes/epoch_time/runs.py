@@ -15,7 +15,6 @@ from pathlib import Path
 
 import ruamel.yaml
 import torch
-from speechbrain.augment.augmenter import Augmenter
 from speechbrain.dataio.dataloader import make_dataloader
 from speechbrain.utils.seed import seed_everything
 from tqdm import tqdm
@@ -24,7 +23,9 @@ from sb_fast_sligru.machine import tf32
 
 from ..processes import end_with_parent
 from ..training import brain as recipe_brain
+from ..training.augmentation import Augmenter
 from ..training.experiment import load_hparams
+from ..training.loading import loader_options
 from .phases import PhaseClock, watch
 from .recipe import choose_batches, load_recipe, longest_batch, spread
 
@@ -125,13 +126,19 @@ def start_run(recipe, variant, batches, weights=None, for_agreement=False):
         compiled = COMPILERS[variant.implementation](brain.modules.enc["RNN"])
         # A scripted module takes no hooks, a container around it does.
         brain.modules.enc["RNN"] = torch.nn.Sequential(compiled)
-    loader = make_dataloader(recipe.data, batch_sampler=batches, **recipe.loader_options)
+    loader = make_loader(recipe, batches)
     backends = {
         name: module.choose_backend(brain.device)[0]
         for name, module in brain.modules.items()
         if hasattr(module, "choose_backend")
     }
     return Run(variant, brain, iter(loader), backends=backends)
+
+
+def make_loader(recipe, batches, **changed):
+    """A loader of some batches, with the recipe's options but for those that are given."""
+    options = loader_options({**recipe.loader_options, **changed}, recipe.device)
+    return make_dataloader(recipe.data, batch_sampler=batches, **options)
 
 
 def initial_weights(run):
@@ -373,8 +380,7 @@ def time_alone(arguments, options, variant, first):
 def loading_seconds(recipe, chosen):
     """Seconds in which one process loads a batch, on average."""
     batches = spread(recipe, chosen, LOADED_BATCHES)
-    options = {**recipe.loader_options, "num_workers": 0}
     start = _now()
-    for _ in make_dataloader(recipe.data, batch_sampler=batches, **options):
+    for _ in make_loader(recipe, batches, num_workers=0):
         pass
     return (_now() - start) / len(batches)
