@@ -163,6 +163,20 @@ def test_batch_norm_model_trains_on_two_cpus(two_processes):
     assert "not synchronised" in (folder / "batch_output/log.txt").read_text()
 
 
+def test_the_number_of_loaders_processes_changes_nothing(even_noise, tmp_path):
+    """With random augmentation, and the same batches in another order in each epoch."""
+    augmentations = [f"--enable_{name}=True" for name in ("speed_perturb", "drop_freq")]
+    for processes in (0, 1, 2):
+        argv = distributed_arguments(even_noise, tmp_path / f"{processes}_output", 2)
+        argv += [*augmentations, "--enable_drop_chunk=True", "--sorting=random"]
+        record_run(tmp_path / f"{processes}", "train_ctc", [*argv, f"--num_workers={processes}"])
+    expected = weights(tmp_path / "0")
+    for processes in ("1", "2"):
+        assert lines(tmp_path / processes) == lines(tmp_path / "0")
+        for name, weight in weights(tmp_path / processes).items():
+            assert torch.equal(weight, expected[name]), name
+
+
 def test_accumulated_gradients_are_those_of_one_batch(even_noise, tmp_path):
     """Two batches of two utterances make one update of four, up to the order of float32 sums.
 

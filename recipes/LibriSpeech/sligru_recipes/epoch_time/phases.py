@@ -6,7 +6,8 @@ the marks are CUDA events, which are read after the steps; on a CPU, readings of
 
 A phase holds what runs until the next one begins. "augmentation" has the copy of the batch to the
 device too, "features" their normalisation, "CNN" the time pooling, "losses" the softmax and the
-CTC output layer, "optimiser" the check of the gradients and what the recipe does after the update.
+CTC output layer, "optimiser" the norm of the gradients, the wait for it, and what the recipe does
+after the update.
 """
 
 import contextlib

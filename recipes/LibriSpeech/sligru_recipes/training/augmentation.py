@@ -61,22 +61,21 @@ class Augmenter(speechbrain.augment.augmenter.Augmenter):
 class DropFreq(speechbrain.augment.time_domain.DropFreq):
     """SpeechBrain's, with one filter that is made on the host and copied once.
 
-    The same draws give the same filter.
+    The same draws give the same filter. Several channels are left to SpeechBrain's class.
     """
 
     FILTER_LENGTH = 101  # of SpeechBrain's
 
     def forward(self, waveforms):
         """Remove some frequency bands from [B, samples] or [B, samples, channels]."""
+        if waveforms.ndim == 3:
+            return super().forward(waveforms)
         impulse = torch.zeros(1, self.FILTER_LENGTH)
         impulse[0, self.FILTER_LENGTH // 2] = 1.0
         # The convolution is a correlation, whose response to an impulse is the filter reversed.
         taps = super().forward(impulse).flip(1).view(1, -1, 1)
         taps = taps.to(waveforms.device, non_blocking=True)
-        channels = waveforms if waveforms.ndim == 3 else waveforms.unsqueeze(2)
-        rows = channels.transpose(1, 2).flatten(0, 1).unsqueeze(2)
-        dropped = convolve1d(rows, taps, self.FILTER_LENGTH // 2).squeeze(2)
-        return dropped.unflatten(0, (len(channels), -1)).transpose(1, 2).view_as(waveforms)
+        return convolve1d(waveforms.unsqueeze(2), taps, self.FILTER_LENGTH // 2).squeeze(2)
 
 
 class DropChunk(speechbrain.augment.time_domain.DropChunk):

@@ -290,11 +290,11 @@ class RecipeBrain(sb.Brain):
             return False
         # All processes count the same steps, but the clock is the first one's: to ask for that
         # makes all of them wait.
-        by_steps = 0 < self.ckpt_interval_steps <= steps_since_ckpt
-        ask = not is_distributed_initialized() or updates % UPDATES_BETWEEN_ASKING == 0
-        return by_steps or (
-            ask and super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
-        )
+        if self.ckpt_interval_steps > 0:
+            return steps_since_ckpt >= self.ckpt_interval_steps
+        if is_distributed_initialized() and updates % UPDATES_BETWEEN_ASKING:
+            return False
+        return super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
 
     def _wrap_distributed(self):
         if not (self.distributed_launch and self.device_type == "cpu"):
