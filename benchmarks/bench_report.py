@@ -5,6 +5,7 @@ python benchmarks/bench_report.py    # renew the front page's table from the com
 
 import json
 import math
+import re
 import textwrap
 from pathlib import Path
 
@@ -287,13 +288,22 @@ def for_people(seconds):
 
 
 def change(report, cell, precision):
-    """An epoch with ours and with SpeechBrain's RNN, as in "1 min instead of 2 min"."""
-    seconds = {
-        variant["implementation"]: variant["epoch_seconds"]
-        for variant in report["variants"]
-        if (variant["cell"], variant["precision"]) == (cell, precision)
-    }
-    return f"{for_people(seconds['ours'])} instead of {for_people(seconds['stock'])}"
+    """An epoch with what is ours and without, as in "1 min instead of 2 min"."""
+    ours, stock = (
+        min(
+            variant["epoch_seconds"]
+            for variant in report["variants"]
+            if (variant["cell"], variant["precision"]) == (cell, precision)
+            and _is_of(variant, implementation)
+        )
+        for implementation in ("ours", "stock")
+    )
+    return f"{for_people(ours)} instead of {for_people(stock)}"
+
+
+def _is_of(variant, implementation):
+    """Whether a variant is that; of ours there is one for each part of the recipe that is ours."""
+    return re.sub("^ours: .*", "ours", variant["implementation"]) == implementation
 
 
 def readme_block(results, plain, augmented):
@@ -310,7 +320,7 @@ def readme_block(results, plain, augmented):
     for name, contenders, implementation in README_ROWS:
         timed = [(row["median_ms"], row) for row in passes if row["contender"] in contenders]
         line = [name, *_fastest(timed, lambda ms: f"{number(ms)} ms")]
-        timed = [(e["epoch_seconds"], e) for e in epochs if e["implementation"] == implementation]
+        timed = [(e["epoch_seconds"], e) for e in epochs if _is_of(e, implementation)]
         body.append(line + _fastest(timed, for_people))
     headers = ["", *(f"{what}, {name}" for what in ("pass", "epoch") for name in README_COLUMNS)]
     table = tabulate(body, headers, "github", disable_numparse=True)

@@ -125,7 +125,8 @@ class _LightGRULayer:
             n = rows.shape[0]
             if not torch.jit.is_scripting():
                 n = _count_over_processes(self.norm, rows)
-            if n < 2:  # BatchNorm refuses one row, not the same row twice
+            # BatchNorm refuses one row, not the same row twice. Several processes have several.
+            if isinstance(n, int) and n < 2:
                 return self.norm(rows.repeat(2, 1))[: rows.shape[0]].view_as(wx)
             if self.norm.running_var is None or not self.norm.track_running_stats:
                 return self.norm(rows).view_as(wx)
@@ -319,14 +320,17 @@ def _light_gru(
 
 
 def _count_over_processes(norm, rows):
-    """Count the rows that `norm` takes its statistics of; SyncBatchNorm sees all processes'."""
+    """Count the rows that `norm` takes its statistics of; SyncBatchNorm sees all processes'.
+
+    The count over several processes is a tensor on the device, which nobody has to wait for.
+    """
     if not (isinstance(norm, nn.SyncBatchNorm) and distributed.is_available()):
         return rows.shape[0]
     if not distributed.is_initialized() or distributed.get_world_size(norm.process_group) == 1:
         return rows.shape[0]
-    count = torch.tensor(rows.shape[0], device=rows.device)
+    count = torch.full((), rows.shape[0], device=rows.device)
     distributed.all_reduce(count, group=norm.process_group)
-    return int(count)
+    return count
 
 
 def _activation_name(act):

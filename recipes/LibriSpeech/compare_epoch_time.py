@@ -1,4 +1,4 @@
-"""How long an epoch of a recipe takes with our RNNs and with SpeechBrain's, and where it goes.
+"""How long an epoch of a recipe takes with SpeechBrain's parts and with ours, and where it goes.
 
     python recipes/LibriSpeech/compare_epoch_time.py hparams/librispeech_seq2seq.yaml \
         --data_folder=LIBRISPEECH --output_folder=results/compare_epoch_time --batches=200

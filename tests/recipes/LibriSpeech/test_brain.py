@@ -51,7 +51,9 @@ def data():
     return torch.utils.data.TensorDataset(torch.randn(2 * BATCHES, 3))
 
 
-def make_brain(folder, epochs=2, lr=0.1, tensorboard=False, avg_checkpoints=1, **options):
+def make_brain(
+    folder, epochs=2, lr=0.1, tensorboard=False, avg_checkpoints=1, kind=None, **options
+):
     torch.manual_seed(1)
     scheduler, counter = NewBobScheduler(lr), EpochCounter(epochs)
     layer = torch.nn.Linear(3, 3)
@@ -69,7 +71,7 @@ def make_brain(folder, epochs=2, lr=0.1, tensorboard=False, avg_checkpoints=1, *
         "pretrained_folder": None,
         "avg_checkpoints": avg_checkpoints,
     }
-    return Mean(
+    return (kind or Mean)(
         None,
         modules={"layer": layer},
         opt_class=partial(torch.optim.SGD, lr=lr),
@@ -170,6 +172,66 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path, data):
     large = make_brain(tmp_path / "large", epochs=1)
     assert not torch.equal(weight(fit(small, data)), weight(make_brain(tmp_path / "new")))
     torch.testing.assert_close(weight(small), weight(fit(large, data, batch_size=4)))
+
+
+class AsSpeechBrain(Mean):
+    fit_batch = sb.Brain.fit_batch
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_updates_are_speechbrains(tmp_path, data, factor):
+    """Clipped by the norm that is known, with gradients of one batch or two."""
+    options = {"epochs": 3, "max_grad_norm": 0.3, "grad_accumulation_factor": factor}
+    ours = fit(make_brain(tmp_path / "ours", **options), data)
+    theirs = fit(make_brain(tmp_path / "theirs", kind=AsSpeechBrain, **options), data)
+    free = fit(make_brain(tmp_path / "free", **options | {"max_grad_norm": 1e3}), data)
+    assert torch.equal(weight(ours), weight(theirs))
+    assert not torch.equal(weight(ours), weight(free))
+    assert ours.optimizer_step == theirs.optimizer_step == 3 * BATCHES // factor
+    for mine, other in zip(ours.history, theirs.history, strict=True):
+        assert mine | {"seconds": 0} == other | {"seconds": 0}
+
+
+def test_losses_that_are_not_finite_are_borne_a_few_times(tmp_path, data, caplog):
+    """Each is told, its update left out; one more than the patience ends the run."""
+    rows = data.tensors[0].clone()
+    rows[2] = torch.nan
+    damaged = torch.utils.data.TensorDataset(rows)
+    brain = make_brain(tmp_path / "borne", nonfinite_patience=1)
+    brain.fit(range(1, 3), damaged, data, train_loader_kwargs={"batch_size": 2})
+    assert brain.skipped_updates == 2 and weight(brain).isfinite().all()
+    told = re.findall(r"(epoch \d, batch \d): the loss is nan; its update is left", caplog.text)
+    assert told == ["epoch 1, batch 2", "epoch 2, batch 2"]
+    brain = make_brain(tmp_path / "ended", nonfinite_patience=0)
+    with pytest.raises(ValueError, match="diverged: in epoch 1, batch 2 the loss is nan"):
+        brain.fit(range(1, 3), damaged, data, train_loader_kwargs={"batch_size": 2})
+
+
+def test_processes_seldom_wait_to_agree_on_a_checkpoint(tmp_path, monkeypatch):
+    """The clock is the first one's, which all ask at the same steps; the steps all know."""
+    asked = []
+
+    def ask(brain, *arguments):
+        asked.append(brain.step)
+        return True
+
+    monkeypatch.setattr(sb.Brain, "_should_save_intra_epoch_ckpt", ask)
+
+    def due(interval, distributed):
+        brain = make_brain(tmp_path, **interval)
+        monkeypatch.setattr(recipe_brain, "is_distributed_initialized", lambda: distributed)
+        found = []
+        for brain.step in range(1, 41):
+            if brain._should_save_intra_epoch_ckpt(0.0, brain.step % 10):
+                found.append(brain.step)
+        return found
+
+    by_clock, by_steps = {"ckpt_interval_minutes": 1e-9}, {"ckpt_interval_steps": 8}
+    assert due(by_clock, True) == asked == [20, 40]
+    assert due(by_clock, False) == asked[2:] == list(range(1, 41))
+    for distributed in (True, False):
+        assert due(by_steps, distributed) == [8, 9, 18, 19, 28, 29, 38, 39]
+    assert len(asked) == 42
 
 
 def test_progress_is_logged_where_there_is_no_terminal(tmp_path, data, caplog):

@@ -1,5 +1,6 @@
 """The epoch-time comparison: tiny runs on the CPU, their reports, and the cases without a ratio."""
 
+import dataclasses
 import json
 import os
 import random
@@ -7,8 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import speechbrain.lobes.models.CRDNN
 import speechbrain.nnet.RNN
 import torch
 from helpers import ROOT, alive, wait_until
@@ -104,8 +107,8 @@ def documented_keys(indent):
     return [name for names in found for name in names.split(", ")]
 
 
-def a_run(batches, cell="SLi-GRU", implementation="ours"):
-    return Run(Variant(cell, "fp32", implementation, "", 0), batches=list(batches))
+def a_run(batches, cell="SLi-GRU", implementation=compare.RNN_ONLY):
+    return Run(Variant(cell, "fp32", implementation, {}, 0), batches=list(batches))
 
 
 @pytest.mark.slow
@@ -133,9 +136,15 @@ def test_report(arguments, tmp_path, capsys, monkeypatch):
     assert report["machine"]["device"] == "cpu" and report["machine"]["gpu"] is None
     assert report["settings"]["recipe"] == "CTC"
 
-    ours, stock, other = report["variants"]
-    assert ours["rnn_class"] == "sb_fast_sligru.SLiGRU" and ours["backend"] == "cpu"
-    assert stock["rnn_class"] == other["rnn_class"] == "speechbrain.nnet.RNN.SLiGRU"
+    stock, ours, other = report["variants"]
+    assert [v["implementation"] for v in report["variants"]] == [
+        "stock",
+        "ours: RNN only",
+        "stock, other seed",
+    ]
+    assert ours["classes"] == {"rnn_class": "sb_fast_sligru.SLiGRU"}
+    assert stock["classes"] == other["classes"] == {"rnn_class": "speechbrain.nnet.RNN.SLiGRU"}
+    assert ours["backends"] == {"RNN": "cpu"} and stock["backends"] == other["backends"] == {}
     assert ours["seed"] == stock["seed"] != other["seed"]
     documentation = " ".join(epoch_report.__doc__.split())
     for variant in report["variants"]:
@@ -144,7 +153,7 @@ def test_report(arguments, tmp_path, capsys, monkeypatch):
         assert len(variant["losses"]) == len(variant["step_seconds"]) == 4
         assert len(variant["warm_up_seconds"]) == epoch_runs.WARM_UP_STEPS
         assert variant["interval"][0] <= variant["epoch_seconds"] <= variant["interval"][1]
-        assert variant["loader_utilisation"] > 0
+        assert variant["loader_utilisation"] > 0 and 0 < variant["loader_wait"] < 1
     for variant in (ours, stock):
         phases = variant["breakdown_ms"]
         assert list(phases) == [name for name in PHASES if not name.startswith("decoder")]
@@ -152,12 +161,12 @@ def test_report(arguments, tmp_path, capsys, monkeypatch):
         peak = variant["peak_memory_bytes"]
         assert peak is None or peak > 2**16
     ratio = stock["epoch_seconds"] / ours["epoch_seconds"]
-    assert report["ratios"] == {"SLi-GRU fp32": ratio}
+    assert report["ratios"] == {"SLi-GRU fp32": {"ours: RNN only": ratio}}
     assert ours["losses"] != stock["losses"] != other["losses"]  # dropout is on
 
     markdown = (tmp_path / "report/report.md").read_text()
     sentence = texts.headline(report)
-    assert f"({ratio:.1f}x)" in sentence
+    assert f"(RNN only, {ratio:.1f}x)" in sentence
     assert len(re.findall(r"^\| SLi-GRU", markdown, re.M)) == 2
     assert sentence in markdown and sentence in capsys.readouterr().out
     picture = (tmp_path / "report/report.png").read_bytes()
@@ -306,7 +315,8 @@ def test_a_process_of_its_own_trains_the_same(simulated, tmp_path, monkeypatch):
     in_turn = read_report(tmp_path)
     seconds = {v["implementation"]: v["epoch_seconds"] for v in in_turn["variants"]}
     fastest = min(seconds["stock"], seconds["stock, jit"])
-    assert in_turn["ratios"] == {"SLi-GRU fp32": fastest / seconds["ours"]}
+    ours = ("ours: RNN only", "ours: RNN + decoder")
+    assert in_turn["ratios"] == {"SLi-GRU fp32": {name: fastest / seconds[name] for name in ours}}
     assert in_turn["variants"].pop()["breakdown_ms"]["RNN"] > 0  # a scripted module's, too
 
     def in_this_process(function, *arguments):
@@ -315,10 +325,83 @@ def test_a_process_of_its_own_trains_the_same(simulated, tmp_path, monkeypatch):
     monkeypatch.setattr(epoch_runs, "in_own_process", in_this_process)
     compare_epoch_time.main([*simulated, "--isolate"])
     alone = read_report(tmp_path)
-    assert len(alone["variants"]) == 3
+    assert len(alone["variants"]) == 4
     for one, other in zip(in_turn["variants"], alone["variants"], strict=True):
         assert one["losses"] == other["losses"]
         assert one["batches_sha256"] == other["batches_sha256"]
+
+
+class AnotherCRDNN(speechbrain.lobes.models.CRDNN.CRDNN):
+    """In the place of ours."""
+
+
+@pytest.fixture
+def with_all_parts(simulated, tmp_path, monkeypatch):
+    """The seq2seq recipe with a key for the CRDNN too, ours being `AnotherCRDNN`."""
+    text = Path(simulated[0]).read_text()
+    built = "enc: !new:speechbrain.lobes.models.CRDNN.CRDNN\n"
+    assert text.count(built) == 1
+    text = text.replace(
+        built, f"enc: !apply:{__name__}.build\n    crdnn_class: !ref <crdnn_class>\n"
+    )
+    path = tmp_path / "seq2seq.yaml"
+    path.write_text(f"{text}\ncrdnn_class: !name:{__name__}.AnotherCRDNN\n")
+    crdnn = dataclasses.replace(compare.PARTS["crdnn_class"], ours=f"{__name__}.AnotherCRDNN")
+    monkeypatch.setitem(compare.PARTS, "crdnn_class", crdnn)
+    return [str(path), *simulated[1:]]
+
+
+def build(crdnn_class, **arguments):
+    return crdnn_class(**arguments)
+
+
+def test_each_variant_has_its_classes(with_all_parts):
+    """One part after the other is ours; what the YAML itself names counts for none."""
+    options, rest = compare_epoch_time.parse([*with_all_parts, "--batches=2", "--no-io"])
+    with load_recipe(rest, options) as recipe:
+        found = {}
+        for variant in compare.make_variants(recipe, options, "SLi-GRU", "fp32"):
+            modules = epoch_runs.make_brain(recipe, variant).modules
+            found[variant.implementation] = [
+                type(module).__module__.partition(".")[0]
+                for module in (modules.enc["RNN"], modules.dec, modules.enc)
+            ]
+        (torchs,) = compare.make_variants(recipe, options, "GRU", "fp32")
+        modules = epoch_runs.make_brain(recipe, torchs).modules
+        assert type(modules.dec) is speechbrain.nnet.RNN.AttentionalRNNDecoder
+        assert type(modules.enc) is speechbrain.lobes.models.CRDNN.CRDNN
+    assert found == {
+        "stock": ["speechbrain", "speechbrain", "speechbrain"],
+        "ours: RNN only": ["sb_fast_sligru", "speechbrain", "speechbrain"],
+        "ours: RNN + decoder": ["sb_fast_sligru", "sb_fast_sligru", "speechbrain"],
+        "ours: all": ["sb_fast_sligru", "sb_fast_sligru", __name__],
+        "stock, other seed": ["speechbrain", "speechbrain", "speechbrain"],
+    }
+
+
+def test_agreement_has_every_part_ours(with_all_parts, tmp_path, monkeypatch):
+    started, start_run = [], epoch_runs.start_run
+
+    def note(recipe, variant, *rest, for_agreement=False, **options):
+        if for_agreement:
+            started.append(variant.implementation)
+        return start_run(recipe, variant, *rest, for_agreement=for_agreement, **options)
+
+    monkeypatch.setattr(epoch_runs, "start_run", note)
+    compare_epoch_time.main([*with_all_parts, "--batches=2", "--no-io", "--cells", "SLi-GRU"])
+    assert started == ["ours: all", "stock", "stock"]
+    report = read_report(tmp_path)
+    ours = ["ours: RNN only", "ours: RNN + decoder", "ours: all"]
+    names = [variant["implementation"] for variant in report["variants"]]
+    assert names == ["stock", *ours, "stock, other seed"]
+    assert list(report["ratios"]["SLi-GRU fp32"]) == ours
+    assert list(report["checks"]["seed_spread"]["SLi-GRU fp32"]["ours_and_stock"]) == ours
+    assert report["variants"][3]["backends"] == {"RNN": "cpu", "dec": "cpu"}
+    markdown = (tmp_path / "report/report.md").read_text()
+    assert all(
+        len(re.findall(rf"SLi-GRU fp32 {re.escape(name)} +\|", markdown)) == 1 for name in ours
+    )
+    assert re.search(r"-> \S+ s \(all, [\d.]+x\)", markdown)
 
 
 def test_sample_and_full_epoch_agree_within_the_interval(arguments, tmp_path, monkeypatch):
@@ -370,7 +453,7 @@ def test_refuses_a_ratio_when_batches_differ(arguments, tmp_path, monkeypatch, c
     monkeypatch.setattr(epoch_runs, "make_dataloader", reverse_stock)
     assert run_main(arguments, "--full", "--cells", "SLi-GRU") == 1
     printed = capsys.readouterr().out
-    assert "SLi-GRU fp32 stock did not see the batches of SLi-GRU fp32 ours" in printed
+    assert "SLi-GRU fp32 stock did not see the batches of SLi-GRU fp32 ours: RNN only" in printed
     assert read_report(tmp_path)["ratios"] == {}
 
 
@@ -379,7 +462,7 @@ def test_same_ids_with_other_samples_are_other_batches():
     same = a_run(first.batches, implementation="stock")
     check_same_batches([first, same])
     other = a_run([(("a", "b"), 1.5), (("c",), 2.1)], "Li-GRU")
-    with pytest.raises(Refused, match=r"Li-GRU fp32 ours .* \(from step 2 on\)"):
+    with pytest.raises(Refused, match=r"Li-GRU fp32 ours: RNN only .* \(from step 2 on\)"):
         check_same_batches([first, same, other])
     shorter = a_run(first.batches[:1], "Li-GRU")
     with pytest.raises(Refused, match=r"\(from step 2 on\)"):
@@ -399,12 +482,15 @@ def test_disagreement_is_refused_on_both_sides(ours):
 
 def test_losses_beyond_the_seeds_spread_are_refused():
     stock, other = [3.0, 2.0, 1.0], [3.1, 1.9, 1.1]
-    entry = check_seed_spread("Li-GRU", [2.9, 2.1, 1.0], stock, other)
+    near = [2.9, 2.1, 1.0]
+    entry = check_seed_spread("Li-GRU", {"ours: RNN only": near, "ours: all": stock}, stock, other)
+    assert entry["ours_and_stock"] == pytest.approx({"ours: RNN only": 0.2 / 3, "ours: all": 0})
     assert entry["stock_and_other_seed"] == pytest.approx(0.1)
     assert entry["bound"] == pytest.approx(0.1 * (1 + 10 / 3**0.5))
     for ours in ([4.0, 3.0, 2.0], [float("nan")] * 3):
-        with pytest.raises(Refused, match="Li-GRU: our losses differ from stock's"):
-            check_seed_spread("Li-GRU", ours, stock, other)
+        both = {"ours: RNN only": near, "ours: all": ours}
+        with pytest.raises(Refused, match="Li-GRU: the losses of ours: all differ from stock's"):
+            check_seed_spread("Li-GRU", both, stock, other)
 
 
 def test_epoch_seconds():
@@ -451,6 +537,7 @@ def test_sample_takes_short_middle_and_long_batches(arguments):
         ("--precision=tf32", "precision tf32 needs a CUDA device, got cpu"),
         ("--simulate=dev-clean", "found duplicate key"),
         ("--resume", "is no report to go on with"),
+        ("--rnn_class=!name:sb_fast_sligru.LiGRU", "rnn_class: the comparison takes our class"),
     ],
 )
 def test_bad_arguments_end_in_one_line(arguments, bad, message):
@@ -530,7 +617,11 @@ def test_simulated_utterances_depend_on_the_seed_alone(tmp_path, io):
 def a_report(**changed):
     variants = [
         {"cell": "SLi-GRU", "precision": "bf16", "implementation": name, "epoch_seconds": seconds}
-        for name, seconds in (("ours", 9180.0), ("stock", 26340.0))
+        for name, seconds in (
+            ("stock", 26340.0),
+            ("ours: RNN only", 18000.0),
+            ("ours: RNN + decoder", 9180.0),
+        )
     ]
     return {
         "machine": {"gpu": "NVIDIA H200"},
@@ -542,7 +633,12 @@ def a_report(**changed):
             "batches_in_epoch": 11719,
         },
         "variants": variants,
-        "ratios": {"SLi-GRU bf16": 26340 / 9180},
+        "ratios": {
+            "SLi-GRU bf16": {
+                "ours: RNN only": 26340 / 18000,
+                "ours: RNN + decoder": 26340 / 9180,
+            }
+        },
         "refused": None,
     } | changed
 
@@ -550,8 +646,8 @@ def a_report(**changed):
 def test_headline():
     assert texts.headline(a_report()) == (
         "SpeechBrain's -> ours for one epoch of train-960, simulated (960.9 h) on one NVIDIA H200: "
-        "SLi-GRU bf16 7h19 -> 2h33 (2.9x); Seq2Seq recipe, batches of 24 utterances, no "
-        "augmentation, from 8 of 11719 batches."
+        "SLi-GRU bf16 7h19 -> 5h00 (RNN only, 1.5x) -> 2h33 (RNN + decoder, 2.9x); Seq2Seq recipe, "
+        "batches of 24 utterances, no augmentation, from 8 of 11719 batches."
     )
     for bad in ({"refused": "other batches"}, {"ratios": {}}):
         with pytest.raises(ValueError, match="the report has no ratio"):

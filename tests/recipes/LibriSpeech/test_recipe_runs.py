@@ -28,6 +28,7 @@ import sb_fast_sligru
 import train_ctc
 from sb_fast_sligru.reference import relative_error
 from sligru_recipes.corpora.librispeech import prepare_librispeech
+from sligru_recipes.training.batch_norm import SyncBatchNorm, wait_for_nobody
 from sligru_recipes.training.experiment import run_script
 
 pytestmark = pytest.mark.usefixtures("environment_described_once", "one_thread")
@@ -160,6 +161,20 @@ def test_batch_norm_model_trains_on_two_cpus(two_processes):
     # Said once, not by both processes, and not where there is no BatchNorm.
     assert printed.count("BatchNorm is not synchronised") == 1
     assert "not synchronised" in (folder / "batch_output/log.txt").read_text()
+
+
+def test_the_number_of_loaders_processes_changes_nothing(even_noise, tmp_path):
+    """With random augmentation, and the same batches in another order in each epoch."""
+    augmentations = [f"--enable_{name}=True" for name in ("speed_perturb", "drop_freq")]
+    for processes in (0, 1, 2):
+        argv = distributed_arguments(even_noise, tmp_path / f"{processes}_output", 2)
+        argv += [*augmentations, "--enable_drop_chunk=True", "--sorting=random"]
+        record_run(tmp_path / f"{processes}", "train_ctc", [*argv, f"--num_workers={processes}"])
+    expected = weights(tmp_path / "0")
+    for processes in ("1", "2"):
+        assert lines(tmp_path / processes) == lines(tmp_path / "0")
+        for name, weight in weights(tmp_path / processes).items():
+            assert torch.equal(weight, expected[name]), name
 
 
 def test_accumulated_gradients_are_those_of_one_batch(even_noise, tmp_path):
@@ -610,7 +625,10 @@ def on_gpu(argv):
 
 @pytest.mark.gpu
 def test_sync_batch_norm_of_two_processes_is_batch_norm_of_one(tmp_path):
-    """Two processes share the GPU; each has a part of the batch. In float64: no TF32."""
+    """Two processes share the GPU; each has a part of the batch. In float64: no TF32.
+
+    The host waits for no layer.
+    """
     torch.multiprocessing.spawn(compare_with_whole_batch, (tmp_path / "store",), nprocs=2)
 
 
@@ -624,12 +642,15 @@ def compare_with_whole_batch(rank, store):
         x, upstream = x.double().cuda(), upstream.double().cuda()
         whole = sb_fast_sligru.SLiGRU(64, x.shape, bidirectional=True).double().cuda()
         parts = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(whole))
-        assert isinstance(parts.rnn[0].norm, torch.nn.SyncBatchNorm)
+        wait_for_nobody(parts)
+        assert isinstance(parts.rnn[0].norm, SyncBatchNorm)
         mine = slice(0, first) if rank == 0 else slice(first, 4)
         results = []
         for net, batch in ((whole, slice(0, 4)), (parts, mine)):
             inputs = x[batch].clone().requires_grad_()
+            torch.cuda.set_sync_debug_mode("error")
             outputs = net(inputs)[0]
+            torch.cuda.set_sync_debug_mode("default")
             outputs.backward(upstream[batch])
             results.append((outputs, inputs.grad))
         for all_rows, own_rows in zip(*results, strict=True):

@@ -1,1 +1,1 @@
-"""How long an epoch takes with our RNNs and with SpeechBrain's."""
+"""How long an epoch takes with SpeechBrain's parts and with ours."""

@@ -54,16 +54,22 @@ def check_agreement(cell, ours, stock, stock_moved):
 
 
 def check_seed_spread(group, ours, stock, other_seed):
-    """Refuse unless ours is about as near to stock as stock of another seed; returns the entry."""
+    """Refuse unless ours are about as near to stock as stock of another seed; returns the entry.
+
+    `ours` is a dict, implementation -> losses.
+    """
 
     def distance(losses):
         return statistics.fmean(abs(a - b) for a, b in zip(losses, stock, strict=True))
 
-    found, spread = distance(ours), distance(other_seed)
+    spread = distance(other_seed)
     bound = (1 + SEED_CHANCE / math.sqrt(len(stock))) * spread
-    if not found <= bound:
-        raise Refused(
-            f"{group}: our losses differ from stock's by {found:.3g} on average, those of stock "
-            f"with another seed by {spread:.3g} (bound over {len(stock)} steps: {bound:.3g})"
-        )
+    found = {name: distance(losses) for name, losses in ours.items()}
+    for name, value in found.items():
+        if not value <= bound:
+            raise Refused(
+                f"{group}: the losses of {name} differ from stock's by {value:.3g} on average, "
+                f"those of stock with another seed by {spread:.3g} (bound over {len(stock)} steps: "
+                f"{bound:.3g})"
+            )
     return {"ours_and_stock": found, "stock_and_other_seed": spread, "bound": bound}

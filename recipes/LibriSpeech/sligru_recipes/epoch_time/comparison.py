@@ -1,13 +1,18 @@
 """The comparison of compare_epoch_time.py: what is compared with what, and when it refuses to.
 
-Everything but `rnn_class` is the same for all variants of a precision: initial weights (one
-state_dict copied into all), batches, their order, the seed of every step, so also augmentation and
-the dropout outside the RNN. The variants of an RNN and a precision take turns on blocks of batches,
-each block beginning with another one (`--isolate`: one after the other, each in a process of its
-own). A step is timed from the request for its batch to the updated weights; the recipe itself
-waits there for the GPU, once a step. The first steps, on the longest batch, are reported apart.
+A recipe has parts that are SpeechBrain's classes or ours, by keys of its YAML: the RNN and those of
+PARTS. "stock" has SpeechBrain's of all; "ours: RNN only" our RNN; then comes a variant for each
+further part, which has it and all before it, so that the gain of each can be read off. PyTorch's
+RNNs stand in stock. Everything else is the same for all variants of a precision: initial weights
+(one state_dict copied into all), batches, their order, the seed of every step, so also augmentation
+and the dropout outside these parts. The variants of an RNN and a precision take turns on blocks of
+batches, each block beginning with another one (`--isolate`: one after the other, each in a process
+of its own). A step is timed from the request for its batch to the end of `fit_batch`, where the GPU
+may have its update still to do; the last step of a block waits for that. The first steps, on the
+longest batch, are reported apart.
 Where the loader has processes of its own, they start before and may be some batches ahead when a
-variant's turn comes; the report's loader_utilisation tells if they could keep it up.
+variant's turn comes; the report's loader_utilisation tells if they could keep it up, loader_wait
+how long a step waited for its batch.
 
 `--batches=N` takes N of the epoch's own batches, evenly spaced from the shortest to the longest,
 and estimates the epoch from them; `--full` takes all.
@@ -16,11 +21,11 @@ No ratio is printed, and the exit status is 1, unless
 
 - every variant saw the same batches, utterance by utterance;
 - without dropout and augmentation, in fp32 without TF32, the first 20 losses, on the shorter half
-  of the batches, agree with stock's within 1e-3 relative (at 0.01 of the learning rate, see
-  AGREEMENT_LR in runs.py; the report tells how far stock departs from itself when its weights
-  are moved by 1e-7);
-- in the timed run the losses differ from stock's on average no more than those of a second stock
-  run with another seed do, but for chance (SEED_CHANCE).
+  of the batches, of the variant with every part ours agree with stock's within 1e-3 relative (at
+  0.01 of the learning rate, see AGREEMENT_LR in runs.py; the report tells how far stock departs
+  from itself when its weights are moved by 1e-7);
+- in the timed run the losses of each variant of ours differ from stock's on average no more than
+  those of a second stock run with another seed do, but for chance (SEED_CHANCE).
 
 After the timing, a few more steps are taken with hooks that mark the phases (phases.py). The
 peak memory is that of training on the longest batch: on a GPU what PyTorch's allocator handed out
@@ -47,11 +52,13 @@ from sb_fast_sligru import machine
 
 from ..progress import Progress
 from ..training.experiment import check_precision
+from ..training.loading import loader_options
 from . import report as epoch_report
 from . import runs as epoch_runs
 from .checks import Refused, check_agreement, check_same_batches, check_seed_spread
 from .recipe import choose_batches, load_recipe
 from .runs import OTHER_SEED, Variant
+from .texts import is_ours
 
 CELLS = {
     "SLi-GRU": {"ours": "sb_fast_sligru.SLiGRU", "stock": "speechbrain.nnet.RNN.SLiGRU"},
@@ -60,6 +67,29 @@ CELLS = {
     "LSTM": {"torch": "speechbrain.nnet.RNN.LSTM"},
     "GRU": {"torch": "speechbrain.nnet.RNN.GRU"},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What can be ours beside the RNN."""
+
+    variant: str  # that has it, and all parts before it
+    ours: str
+    stock: str
+
+
+# Key of the YAML -> part, in the order of being switched on; a YAML may have some of them.
+PARTS = {
+    "decoder_class": Part(
+        "ours: RNN + decoder",
+        "sb_fast_sligru.AttentionalRNNDecoder",
+        "speechbrain.nnet.RNN.AttentionalRNNDecoder",
+    ),
+    "crdnn_class": Part(
+        "ours: all", "sb_fast_sligru.CRDNN", "speechbrain.lobes.models.CRDNN.CRDNN"
+    ),
+}
+RNN_ONLY = "ours: RNN only"
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 AGREEMENT_STEPS = 20
 SEED_DISTANCE = 10**6  # of the other seed from the recipe's
@@ -100,35 +130,46 @@ def epoch_seconds(seconds, passes, padded, padded_in_epoch):
     return estimate, (estimate - half, estimate + half)
 
 
-def implementations(cell, options):
-    """Name -> class of an RNN's variants, in the order of taking turns."""
-    classes = dict(CELLS[cell])
-    if "stock" in classes:
-        classes[OTHER_SEED] = classes["stock"]
-        if options.stock_jit:
-            classes["stock, jit"] = classes["stock"]
-        if options.stock_compile:
-            classes["stock, compile"] = classes["stock"]
+def implementations(recipe, options, cell):
+    """Name -> classes, by their keys in the YAML, of an RNN's variants, in the order of turns."""
+    parts = {key: part for key, part in PARTS.items() if key in recipe.keys}
+    stock_parts = {key: part.stock for key, part in parts.items()}
+    rnns = CELLS[cell]
+    if "torch" in rnns:
+        return {"torch": {"rnn_class": rnns["torch"], **stock_parts}}
+    stock = {"rnn_class": rnns["stock"], **stock_parts}
+    ours = stock | {"rnn_class": rnns["ours"]}
+    classes = {"stock": stock, RNN_ONLY: ours}
+    for key, part in parts.items():
+        ours = ours | {key: part.ours}
+        classes[part.variant] = ours
+    classes[OTHER_SEED] = stock
+    if options.stock_jit:
+        classes["stock, jit"] = stock
+    if options.stock_compile:
+        classes["stock, compile"] = stock
     return classes
 
 
-def compare_losses(recipe, cell, chosen, progress):
+def compare_losses(recipe, options, cell, chosen, progress):
     """Train ours, stock, and stock from weights moved a little, without dropout for a few steps.
 
-    Returns the entry of report.json.
+    Ours is the variant with every part ours. Returns the entry of report.json.
     """
+    classes = implementations(recipe, options, cell)
+    every_part = next(name for name in reversed(classes) if is_ours(name))
     shorter = sorted(chosen, key=recipe.padded_seconds)[: math.ceil(len(chosen) / 2)]
     batches = [shorter[step % len(shorter)] for step in range(AGREEMENT_STEPS)]
     runs, losses, weights = [], {}, None
     with machine.tf32(False):
         for name in ("ours", "stock", "stock_moved"):
-            implementation = name.removesuffix("_moved")
-            rnn_class = CELLS[cell][implementation]
-            variant = Variant(cell, "fp32", implementation, rnn_class, recipe.hparams["seed"])
-            start = weights if name == implementation else epoch_runs.moved(weights)
+            implementation = every_part if name == "ours" else "stock"
+            seed = recipe.hparams["seed"]
+            variant = Variant(cell, "fp32", implementation, classes[implementation], seed)
+            start = epoch_runs.moved(weights) if name == "stock_moved" else weights
             run = epoch_runs.start_run(recipe, variant, batches, start, for_agreement=True)
             weights = weights or epoch_runs.initial_weights(run)
-            _, losses[name] = epoch_runs.train(run, len(batches), progress)
+            _, losses[name], _ = epoch_runs.train(run, len(batches), progress)
             run.brain = None
             runs.append(run)
     check_same_batches(runs)
@@ -156,6 +197,9 @@ def compare(arguments, options):
     with load_recipe(arguments, options, hold=True) as recipe:
         if not options.precisions:
             options = dataclasses.replace(options, precisions=(recipe.hparams["precision"],))
+        for key in ("rnn_class", *PARTS):
+            if key in recipe.overrides:
+                raise ValueError(f"{key}: the comparison takes our class and SpeechBrain's in turn")
         if "tf32" in options.precisions and "cuda" not in recipe.device:
             raise ValueError(f"precision tf32 needs a CUDA device, got {recipe.device}")
         for precision in options.precisions:
@@ -192,13 +236,13 @@ def measure(report, recipe, arguments, options, chosen):
         if (cell, precision) not in done
     ]
     agreement = report["checks"]["agreement"]
-    to_agree = {v.cell for group in groups for v in group if v.implementation == "ours"}
+    to_agree = {v.cell for group in groups for v in group if is_ours(v.implementation)}
     to_agree -= agreement.keys()
     plans = (epoch_runs.plan_of_run(recipe, options, v, chosen) for group in groups for v in group)
     total = 3 * AGREEMENT_STEPS * len(to_agree) + sum(map(len, plans))
     if report["loader"] is None:
         report["loader"] = {
-            "processes": recipe.loader_options.get("num_workers", 0),
+            "processes": loader_options(recipe.loader_options, recipe.device)["num_workers"],
             "seconds_per_batch": epoch_runs.loading_seconds(recipe, chosen),
         }
     # Not by the log, which `quiet` silences.
@@ -209,7 +253,7 @@ def measure(report, recipe, arguments, options, chosen):
             cell, precision = variants[0].cell, variants[0].precision
             if cell in to_agree - agreement.keys():
                 progress.set_title(f"{cell}: agreement without dropout")
-                agreement[cell] = compare_losses(recipe, cell, chosen, progress)
+                agreement[cell] = compare_losses(recipe, options, cell, chosen, progress)
             progress.set_title(f"{cell} {precision}")
             if options.isolate:
                 runs = []
@@ -236,8 +280,8 @@ def make_variants(recipe, options, cell, precision):
     seed = recipe.hparams["seed"]
     seeds = {OTHER_SEED: seed + SEED_DISTANCE}
     return [
-        Variant(cell, precision, name, rnn_class, seeds.get(name, seed))
-        for name, rnn_class in implementations(cell, options).items()
+        Variant(cell, precision, name, classes, seeds.get(name, seed))
+        for name, classes in implementations(recipe, options, cell).items()
     ]
 
 
@@ -259,7 +303,7 @@ def add_group(report, recipe, options, chosen, runs):
         report["variants"].append(
             {
                 **dataclasses.asdict(variant),
-                "backend": _backend(recipe, variant),
+                "backends": _backends(recipe, run),
                 "epoch_seconds": estimate,
                 "interval": interval,
                 "step_seconds": run.seconds,
@@ -268,6 +312,7 @@ def add_group(report, recipe, options, chosen, runs):
                 "warm_up_seconds": run.warm_up,
                 "peak_memory_bytes": run.peak_memory,
                 "joules": run.joules,
+                "loader_wait": sum(run.waits) / sum(run.seconds),
                 "loader_utilisation": loader["seconds_per_batch"]
                 * len(run.seconds)
                 / (max(1, loader["processes"]) * sum(run.seconds)),
@@ -276,23 +321,26 @@ def add_group(report, recipe, options, chosen, runs):
             }
         )
     report["checks"]["same_batches"] = True
-    if "ours" in curves:
+    ours = {name: losses for name, losses in curves.items() if is_ours(name)}
+    if ours:
         group = f"{runs[0].variant.cell} {runs[0].variant.precision}"
         report["checks"]["seed_spread"][group] = check_seed_spread(
-            group, *(curves[name] for name in ("ours", "stock", OTHER_SEED))
+            group, ours, curves["stock"], curves[OTHER_SEED]
         )
         peers = [
             value for name, value in seconds.items() if name in ("stock", *epoch_runs.COMPILERS)
         ]
-        report["ratios"][group] = min(peers) / seconds["ours"]
+        report["ratios"][group] = {name: min(peers) / seconds[name] for name in ours}
 
 
-def _backend(recipe, variant):
-    if variant.implementation != "ours":
-        return None
+def _backends(recipe, run):
+    variant = run.variant
+    if not is_ours(variant.implementation):
+        return {}
     dtype = AMPConfig.from_name("fp32" if variant.precision == "tf32" else variant.precision).dtype
     hidden = recipe.hparams["rnn_neurons"]
-    return sb_fast_sligru.ops.choose_backend(recipe.device, hidden, dtype)[0]
+    rnn, _ = sb_fast_sligru.ops.choose_backend(recipe.device, hidden, dtype)
+    return {"RNN": rnn, **run.backends}
 
 
 def describe(recipe, arguments, options, chosen):

@@ -6,7 +6,8 @@ the marks are CUDA events, which are read after the steps; on a CPU, readings of
 
 A phase holds what runs until the next one begins. "augmentation" has the copy of the batch to the
 device too, "features" their normalisation, "CNN" the time pooling, "losses" the softmax and the
-CTC output layer, "optimiser" the check of the gradients and what the recipe does after the update.
+CTC output layer, "optimiser" the norm of the gradients, the wait for it, and what the recipe does
+after the update.
 """
 
 import contextlib
@@ -91,7 +92,7 @@ def watch(brain, clock):
     add(modules.ctc_lin, "losses")
 
     compute_forward, compute_objectives = brain.compute_forward, brain.compute_objectives
-    optimizers_step = brain.optimizers_step
+    finish_batch = brain.finish_batch
 
     def marked_forward(*args):
         clock.mark("augmentation")
@@ -102,16 +103,16 @@ def watch(brain, clock):
         loss.register_hook(lambda gradient: clock.mark("losses backward"))
         return loss
 
-    def marked_step():
+    def marked_finish(*args):
         clock.mark("optimiser")
-        optimizers_step()
+        return finish_batch(*args)
 
     brain.compute_forward, brain.compute_objectives = marked_forward, marked_objectives
-    brain.optimizers_step = marked_step
+    brain.finish_batch = marked_finish
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for name in ("compute_forward", "compute_objectives", "optimizers_step"):
+        for name in ("compute_forward", "compute_objectives", "finish_batch"):
             delattr(brain, name)

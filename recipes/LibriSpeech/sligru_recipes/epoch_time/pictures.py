@@ -6,8 +6,10 @@ from .phases import FORWARD, PHASES
 from .texts import device_name, duration, name_of, timed_variants, variants_of
 
 COLOURS = {
-    "ours": "#0072b2",
     "stock": "#e69f00",
+    "ours: RNN only": "#8ecae6",
+    "ours: RNN + decoder": "#219ebc",
+    "ours: all": "#023e8a",
     "stock, other seed": "#bbbbbb",
     "stock, jit": "#d55e00",
     "stock, compile": "#cc79a7",
@@ -67,9 +69,9 @@ def _draw_epochs(report, axes, timed):
             error_kw={"elinewidth": 1, "capsize": 3},
         )
         label = f" {duration(seconds)}"
-        ratio = report["ratios"].get(f"{variant['cell']} {variant['precision']}")
-        if variant["implementation"] == "ours" and ratio and not report["refused"]:
-            label += f", {ratio:.1f}x faster"
+        ratios = report["ratios"].get(f"{variant['cell']} {variant['precision']}", {})
+        if variant["implementation"] in ratios and not report["refused"]:
+            label += f", {ratios[variant['implementation']]:.1f}x faster"
         where = (max(seconds, high) / unit, position)
         axes.annotate(label, where, (4, 0), textcoords="offset points", va="center")
     names = [f"{v['cell']} {v['precision']}, {name_of(v)}" for v in timed]

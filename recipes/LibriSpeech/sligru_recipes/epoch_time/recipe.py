@@ -42,6 +42,7 @@ class Recipe:
 
     brain_class: type
     hparams: dict
+    keys: frozenset  # of the YAML
     hparams_file: str
     overrides: dict
     run_opts: speechbrain.utils.run_opts.RunOptions
@@ -128,6 +129,7 @@ def load_recipe(arguments, options, hold=False):
             brain_class=brain_class,
             # Without the model that comes with them.
             hparams={name: value for name, value in hparams.items() if _is_plain(value)},
+            keys=frozenset(hparams),
             hparams_file=hparams_file,
             overrides=overrides,
             run_opts=run_opts,

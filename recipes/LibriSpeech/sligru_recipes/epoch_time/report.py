@@ -15,20 +15,23 @@ Keys of report.json:
     checks              same_batches (bool)
                         agreement: cell -> largest_relative_difference, bound,
                         stock_moved_difference (of stock from weights moved by 1e-7), losses
-                        seed_spread: group -> ours_and_stock, stock_and_other_seed (mean absolute
-                        differences of the losses), bound (of the former)
-    variants            list of: cell, precision, implementation, rnn_class, seed, backend (of our
-                        operator, else null), epoch_seconds (of a whole epoch), interval (95 %
+                        seed_spread: group -> ours_and_stock (implementation of ours -> mean
+                        absolute difference of the losses), stock_and_other_seed (the same of these
+                        two), bound (of the former)
+    variants            list of: cell, precision, implementation, classes (key of the YAML ->
+                        class), seed, backends (part of ours -> backend of its operator),
+                        epoch_seconds (of a whole epoch), interval (95 %
                         confidence interval of epoch_seconds where the epoch was sampled; lowest and
                         highest pass where it was not), step_seconds, losses (both one a step),
                         batches_sha256 (of utterance IDs and samples), warm_up_seconds (of steps
                         on the longest batch, before), peak_memory_bytes, joules (of the timed
-                        steps; both null: not measured), loader_utilisation (1: its processes could
-                        just keep it up), breakdown_ms (phase -> ms a step), breakdown_overhead
-                        (of measuring it, relative to the same steps without); both are not measured
-                        for the second seed
-    ratios              group -> epoch_seconds of the fastest stock variant / ours; a group is
-                        "CELL PRECISION"
+                        steps; both null: not measured), loader_wait (share of the timed steps'
+                        seconds in which they waited for their batches), loader_utilisation (1: its
+                        processes could just keep it up), breakdown_ms (phase -> ms a step),
+                        breakdown_overhead (of measuring it, relative to the same steps without);
+                        both are not measured for the second seed
+    ratios              group -> implementation of ours -> epoch_seconds of the fastest stock
+                        variant / its own; a group is "CELL PRECISION"
     refused             null, or why there are no ratios
     interrupted         whether it was stopped before all groups were done
 """

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import ruamel.yaml
 import torch
-from speechbrain.augment.augmenter import Augmenter
 from speechbrain.dataio.dataloader import make_dataloader
 from speechbrain.utils.seed import seed_everything
 from tqdm import tqdm
@@ -24,7 +23,9 @@ from sb_fast_sligru.machine import tf32
 
 from ..processes import end_with_parent
 from ..training import brain as recipe_brain
+from ..training.augmentation import Augmenter
 from ..training.experiment import load_hparams
+from ..training.loading import loader_options
 from .phases import PhaseClock, watch
 from .recipe import choose_batches, load_recipe, longest_batch, spread
 
@@ -44,12 +45,12 @@ BLOCKS_PER_PASS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One RNN class in one precision."""
+    """A recipe with certain classes, in one precision."""
 
     cell: str
     precision: str
-    implementation: str  # ours, stock, stock with another seed, jit or compile; or torch
-    rnn_class: str
+    implementation: str  # of ours; stock, with another seed, jit or compile; or torch
+    classes: dict  # key of the YAML -> class
     seed: int
 
     @property
@@ -72,7 +73,9 @@ class Run:
     loader: object = None  # iterator over all its batches
     seconds: list = dataclasses.field(default_factory=list)
     losses: list = dataclasses.field(default_factory=list)
+    waits: list = dataclasses.field(default_factory=list)  # seconds for the batch, one a step
     batches: list = dataclasses.field(default_factory=list)  # (utterance IDs, sum of samples)
+    backends: dict = dataclasses.field(default_factory=dict)  # module -> backend, if it tells
     warm_up: list = dataclasses.field(default_factory=list)  # seconds
     peak_memory: int | None = None  # bytes
     joules: float | None = None  # of the timed steps
@@ -90,8 +93,9 @@ def make_brain(recipe, variant, for_agreement=False):
     for_agreement : bool
         No dropout, no augmentation, and AGREEMENT_LR of the learning rate.
     """
-    tag = ruamel.yaml.YAML().load(f"!name:{variant.rnn_class}")
-    overrides = {**copy.deepcopy(recipe.overrides), "rnn_class": tag}
+    yaml = ruamel.yaml.YAML()
+    classes = {key: yaml.load(f"!name:{name}") for key, name in variant.classes.items()}
+    overrides = {**copy.deepcopy(recipe.overrides), **classes}
     if for_agreement:
         overrides["dropout"] = 0.0
     run_opts = dataclasses.replace(
@@ -122,8 +126,19 @@ def start_run(recipe, variant, batches, weights=None, for_agreement=False):
         compiled = COMPILERS[variant.implementation](brain.modules.enc["RNN"])
         # A scripted module takes no hooks, a container around it does.
         brain.modules.enc["RNN"] = torch.nn.Sequential(compiled)
-    loader = make_dataloader(recipe.data, batch_sampler=batches, **recipe.loader_options)
-    return Run(variant, brain, iter(loader))
+    loader = make_loader(recipe, batches)
+    backends = {
+        name: module.choose_backend(brain.device)[0]
+        for name, module in brain.modules.items()
+        if hasattr(module, "choose_backend")
+    }
+    return Run(variant, brain, iter(loader), backends=backends)
+
+
+def make_loader(recipe, batches, **changed):
+    """A loader of some batches, with the recipe's options but for those that are given."""
+    options = loader_options({**recipe.loader_options, **changed}, recipe.device)
+    return make_dataloader(recipe.data, batch_sampler=batches, **options)
 
 
 def initial_weights(run):
@@ -165,28 +180,36 @@ def train(run, count, progress, clock=None):
 
     Returns
     -------
-    seconds, losses : list of float
-        One a step.
+    seconds, losses, waits : list of float
+        One a step; the seconds of a wait for the batch are part of the step's.
     """
-    brain, seconds, losses = run.brain, [], []
-    if "cuda" in brain.device:
-        torch.cuda.synchronize(brain.device)
+    brain, seconds, losses, waits, seen = run.brain, [], [], [], []
+    _finish(brain)
     for _ in range(count):
         start = _now()
         if clock:
             clock.mark("data wait")
         batch = next(run.loader)
+        waits.append(_now() - start)
         seed_everything(run.variant.seed + brain.step, verbose=False)
         brain.step += 1
-        loss = brain.fit_batch(batch)  # on the CPU: the GPU has finished the step
+        losses.append(brain.fit_batch(batch).item())  # the GPU may have the update still to do
+        # Every 97th sample: the sum of all takes longer than some of the steps do.
+        seen.append((tuple(batch.id), batch.sig.data[:, ::97].double().sum()))
+        if len(seen) == count:
+            _finish(brain)
         if clock:
             clock.mark(None)
         seconds.append(_now() - start)
-        losses.append(loss.item())
-        # Every 97th sample: the sum of all takes longer than some of the steps do.
-        run.batches.append((tuple(batch.id), batch.sig.data[:, ::97].double().sum().item()))
         progress.update()
-    return seconds, losses
+    run.batches += [(ids, total.item()) for ids, total in seen]
+    return seconds, losses, waits
+
+
+def _finish(brain):
+    """Wait until the GPU, if it is one, has done all that it was given."""
+    if "cuda" in brain.device:
+        torch.cuda.synchronize(brain.device)
 
 
 _now = time.perf_counter
@@ -281,7 +304,7 @@ def warm_up(recipe, variant, batches, progress, weights=None):
     weights = weights or initial_weights(run)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(recipe.device)
-    run.warm_up, _ = train(run, WARM_UP_STEPS, progress)
+    run.warm_up, *_ = train(run, WARM_UP_STEPS, progress)
     if on_gpu:
         run.peak_memory = torch.cuda.max_memory_allocated(recipe.device) - before
     return run, weights
@@ -296,9 +319,10 @@ def take_turns(runs, count, passes, progress):
         turn = index % len(runs)
         for run in runs[turn:] + runs[:turn]:
             before = joules() if joules else None
-            seconds, losses = train(run, block, progress)
+            seconds, losses, waits = train(run, block, progress)
             run.seconds += seconds
             run.losses += losses
+            run.waits += waits
             if joules:
                 run.joules = (run.joules or 0) + joules() - before
 
@@ -310,7 +334,7 @@ def break_down(run, recipe, chosen, progress):
     batches = spread(recipe, chosen, BREAKDOWN_STEPS)
     clock, compared = PhaseClock(run.brain.device), len(run.batches)
     with watch(run.brain, clock):
-        seconds, _ = train(run, len(batches), progress, clock)
+        seconds, *_ = train(run, len(batches), progress, clock)
     del run.batches[compared:]
     run.breakdown = {phase: ms / len(batches) for phase, ms in clock.milliseconds().items()}
     unmarked = sum(
@@ -356,8 +380,7 @@ def time_alone(arguments, options, variant, first):
 def loading_seconds(recipe, chosen):
     """Seconds in which one process loads a batch, on average."""
     batches = spread(recipe, chosen, LOADED_BATCHES)
-    options = {**recipe.loader_options, "num_workers": 0}
     start = _now()
-    for _ in make_dataloader(recipe.data, batch_sampler=batches, **options):
+    for _ in make_loader(recipe, batches, num_workers=0):
         pass
     return (_now() - start) / len(batches)

@@ -8,7 +8,15 @@ from tabulate import tabulate
 
 from .phases import PHASES
 
-TITLE = "Epoch time with our RNNs and SpeechBrain's"
+TITLE = "Epoch times, SpeechBrain's and ours"
+
+
+MOST_WAIT = 0.02  # of a step, for its batch
+
+
+def is_ours(implementation):
+    """Whether a part of that variant is ours."""
+    return implementation.startswith("ours")
 
 
 def duration(seconds):
@@ -23,7 +31,7 @@ def duration(seconds):
 
 
 def headline(report):
-    """One sentence: an epoch with SpeechBrain's RNN and with ours.
+    """One sentence: an epoch of SpeechBrain's, and with one part after the other ours.
 
     Raises
     ------
@@ -34,9 +42,14 @@ def headline(report):
         raise ValueError(f"the report has no ratio ({report['refused'] or 'nothing compared'})")
     settings, data = report["settings"], report["data"]
     pairs = []
-    for group, ratio in report["ratios"].items():
-        ours = variants_of(report, group)["ours"]["epoch_seconds"]
-        pairs.append(f"{group} {duration(ratio * ours)} -> {duration(ours)} ({ratio:.1f}x)")
+    for group, ratios in report["ratios"].items():
+        variants = variants_of(report, group)
+        steps = []
+        for name, ratio in ratios.items():
+            seconds = variants[name]["epoch_seconds"]
+            part = name.removeprefix("ours: ")
+            steps.append(f"{duration(seconds)} ({part}, {ratio:.1f}x)")
+        pairs.append(f"{group} {duration(ratio * seconds)} -> {' -> '.join(steps)}")
     sampled = data["batches"] < data["batches_in_epoch"]
     extent = f", from {data['batches']} of {data['batches_in_epoch']} batches" if sampled else ""
     return (
@@ -97,16 +110,34 @@ def paragraphs(report, style):
         parts.insert(0, headline(report))
     if report["variants"]:
         parts += [_times_table(report, style), _phases_text(report), _phases_table(report, style)]
-        late = [v for v in report["variants"] if v["loader_utilisation"] > 1]
-        if late and report["loader"]["processes"]:
-            names = ", ".join(f"{v['cell']} {v['precision']} {v['implementation']}" for v in late)
-            parts.append(
-                f"More loader processes are needed for {names}: batches were loaded in advance, "
-                "but these processes cannot keep it up, so a whole epoch would take longer."
-            )
+        parts += _late_loaders(report)
     if report["interrupted"]:
         parts.append("Stopped before all RNNs and precisions were done; --resume goes on.")
     return [*parts, verdict(report)]
+
+
+def _late_loaders(report):
+    """Paragraphs about the variants whose batches came late, or would in a whole epoch."""
+    if not report["loader"]["processes"]:
+        return
+    for key, most, text in (
+        (
+            "loader_utilisation",
+            1,
+            "More loader processes are needed for {}: batches were loaded in advance, but these "
+            "processes cannot keep it up, so a whole epoch would take longer.",
+        ),
+        (
+            "loader_wait",
+            MOST_WAIT,
+            f"More than {100 * MOST_WAIT:.0f} % of the time went into waiting for batches in {{}}.",
+        ),
+    ):
+        late = [v for v in report["variants"] if v[key] > most]
+        if late:
+            yield text.format(
+                ", ".join(f"{v['cell']} {v['precision']} {v['implementation']}" for v in late)
+            )
 
 
 def conditions(report):
@@ -149,9 +180,18 @@ def timed_variants(report):
 
 
 def name_of(variant):
-    """Implementation and, of ours, backend."""
-    backend = f" ({variant['backend']})" if variant["backend"] else ""
-    return f"{variant['implementation']}{backend}"
+    """Implementation and, of ours, backends."""
+    backends = ", ".join(dict.fromkeys(variant["backends"].values()))
+    return f"{variant['implementation']} ({backends})" if backends else variant["implementation"]
+
+
+def _fastest_stock(report, group):
+    """Seconds of an epoch of a group's fastest stock variant; None where nothing is compared."""
+    ratios = report["ratios"].get(group)
+    if not ratios or report["refused"]:
+        return None
+    name, ratio = next(iter(ratios.items()))
+    return ratio * variants_of(report, group)[name]["epoch_seconds"]
 
 
 def _times_table(report, style):
@@ -161,8 +201,7 @@ def _times_table(report, style):
     for variant in timed_variants(report):
         seconds, steps = variant["epoch_seconds"], len(variant["step_seconds"])
         peak, joules, losses = (variant[key] for key in ("peak_memory_bytes", "joules", "losses"))
-        ours = variants_of(report, f"{variant['cell']} {variant['precision']}").get("ours")
-        comparable = ours and not report["refused"]
+        reference = _fastest_stock(report, f"{variant['cell']} {variant['precision']}")
         rows.append(
             [
                 variant["cell"],
@@ -170,12 +209,13 @@ def _times_table(report, style):
                 name_of(variant),
                 duration(seconds),
                 " to ".join(map(duration, variant["interval"])),
-                f"{seconds / ours['epoch_seconds']:.2f}x" if comparable else "-",
+                f"{reference / seconds:.2f}x" if reference else "-",
                 f"{1000 * statistics.median(variant['step_seconds']):.0f}",
                 f"{data['batches_in_epoch'] / seconds:.2f}",
                 f"{data['audio_seconds_in_epoch'] / seconds:.0f}",
                 "-" if peak is None else f"{peak / 2**20:.0f}",
                 "-" if joules is None else f"{joules / steps:.0f}",
+                f"{100 * variant['loader_wait']:.1f}",
                 f"{100 * variant['loader_utilisation']:.0f}",
                 f"{statistics.fmean(variant['warm_up_seconds']):.2f}",
                 f"{statistics.fmean(losses[-max(1, len(losses) // 8) :]):.3f}",
@@ -184,8 +224,8 @@ def _times_table(report, style):
     headers = [
         *("RNN", "precision", "implementation", "epoch"),
         "95 % interval" if sampled else "fastest to slowest",
-        *("over ours", "ms/step (median)", "steps/s", "audio h/h", "peak MiB", "J/step"),
-        *("loader, %", "warm-up s/step", "last losses"),
+        *("speed-up", "ms/step (median)", "steps/s", "audio h/h", "peak MiB", "J/step"),
+        *("loader wait, %", "loader busy, %", "warm-up s/step", "last losses"),
     ]
     return tabulate(rows, headers, tablefmt=style, disable_numparse=True)
 
@@ -226,14 +266,18 @@ def verdict(report):
     texts = ["Same batches for all." if checks["same_batches"] else "Nothing was timed."]
     for cell, entry in checks["agreement"].items():
         texts.append(
-            f"{cell}: without dropout the first {len(entry['losses']['ours'])} fp32 losses of ours "
-            f"and stock agree within {entry['largest_relative_difference']:.1g} relative (bound "
-            f"{entry['bound']:g}; stock itself, from weights moved by 1e-7, and stock: "
+            f"{cell}: without dropout the first {len(entry['losses']['ours'])} fp32 losses, of "
+            "stock and with every part ours, agree within "
+            f"{entry['largest_relative_difference']:.1g} relative (bound {entry['bound']:g}; stock "
+            f"itself, from weights moved by 1e-7, and stock: "
             f"{entry['stock_moved_difference']:.1g})."
         )
     for group, entry in checks["seed_spread"].items():
+        found = ", ".join(
+            f"{value:.3g} ({name})" for name, value in entry["ours_and_stock"].items()
+        )
         texts.append(
-            f"{group}: in the timed steps they differ by {entry['ours_and_stock']:.3g} on average "
+            f"{group}: in the timed steps the losses differ from stock's by {found} on average "
             f"(two stock seeds: {entry['stock_and_other_seed']:.3g})."
         )
     return " ".join(texts)

@@ -18,7 +18,12 @@ from speechbrain.utils.checkpoints import (
     mark_as_saver,
     register_checkpoint_hooks,
 )
-from speechbrain.utils.distributed import ddp_broadcast, if_main_process, main_process_only
+from speechbrain.utils.distributed import (
+    ddp_broadcast,
+    if_main_process,
+    is_distributed_initialized,
+    main_process_only,
+)
 from speechbrain.utils.logger import get_logger
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +31,7 @@ from tqdm import tqdm
 
 from ..files import replacing
 from ..progress import Progress
+from .batch_norm import wait_for_nobody
 from .checkpoints import (
     LOAD_ERRORS,
     average_model,
@@ -33,6 +39,7 @@ from .checkpoints import (
     reason_of,
     recency_of_finished,
 )
+from .loading import loader_options
 from .resume import changed_keys
 
 logger = get_logger(__name__)
@@ -41,6 +48,7 @@ logger = get_logger(__name__)
 CHECKPOINT_BYTES_PER_PARAMETER = 3 * 4
 # How many epochs are averaged to tell when the run ends: the first may be slower.
 EPOCHS_FOR_ETA = 3
+UPDATES_BETWEEN_ASKING = 20  # the first of several processes whether it is time for a checkpoint
 
 
 @register_checkpoint_hooks
@@ -109,6 +117,7 @@ class RecipeBrain(sb.Brain):
 
     def make_dataloader(self, dataset, stage, *args, **kwargs):
         """SpeechBrain's; also notes the number of batches."""
+        kwargs = loader_options(kwargs, self.device)
         loader = super().make_dataloader(dataset, stage, *args, **kwargs)
         self.batches_in[stage] = len(loader)
         if stage == sb.Stage.TRAIN:
@@ -213,24 +222,79 @@ class RecipeBrain(sb.Brain):
             )
         logger.warning(f"{where}: the loss is {loss.item()}; its update is left out")
 
-    def optimizers_step(self):
-        """Update the weights, or count an update that is impossible and leave it out."""
-        gradients = [p.grad for p in self.modules.parameters() if p.grad is not None]
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
-            self.skipped_updates += 1
-            if not self.scaler.is_enabled():  # in fp16 the scaler skips, and lowers its scale
-                self.zero_grad(set_to_none=True)
-                return
-        super().optimizers_step()
+    def fit_batch(self, batch):
+        """SpeechBrain's, but the host waits for the GPU once only, see `finish_batch`.
 
-    def _should_save_intra_epoch_ckpt(self, *args):
+        Returns
+        -------
+        torch.Tensor
+            The loss, on the host.
+        """
+        should_step = self.step % self.grad_accumulation_factor == 0
+        self.on_fit_batch_start(batch, should_step)
+        with self.no_sync(not should_step):
+            with self.training_ctx:
+                outputs = self.compute_forward(batch, sb.Stage.TRAIN)
+                loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
+            self.scaler.scale(loss / self.grad_accumulation_factor).backward()
+        loss = self.finish_batch(loss.detach(), should_step)
+        self.on_fit_batch_end(batch, outputs, loss, should_step)
+        return loss
+
+    def finish_batch(self, loss, should_step):
+        """Look at the loss and update the weights, or leave an impossible update out and count it.
+
+        Loss and norms of the gradients are read together, as all but the update is queued: that is
+        the one time in a step that the host waits for the GPU.
+
+        Arguments
+        ---------
+        loss : torch.Tensor
+            0-dimensional, on any device.
+        should_step : bool
+            Whether the gradients that are accumulated are complete.
+
+        Returns
+        -------
+        torch.Tensor
+            The loss, on the host.
+        """
+        groups, norms = [], []
+        if should_step:
+            self.scaler.unscale_(self.optimizer)
+            groups = [group["params"] for group in self.optimizer.param_groups]
+            norms = [torch.nn.utils.get_total_norm(_gradients(group)) for group in groups]
+        read = torch.stack([loss, *norms]).cpu()
+        self.check_loss_isfinite(read[0])
+        if should_step:
+            finite = read[1:].isfinite().all()
+            self.skipped_updates += not finite
+            if finite or self.scaler.is_enabled():  # in fp16 the scaler skips, and lowers its scale
+                # SpeechBrain clips the first group.
+                torch.nn.utils.clip_grads_with_norm_(groups[0], self.max_grad_norm, norms[0])
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.optimizer_step += 1
+            self.zero_grad(set_to_none=True)
+        return read[0]
+
+    def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
         # Checkpoints do not hold the gradients that are accumulated between updates.
-        updated = self.step % self.grad_accumulation_factor == 0
-        return updated and super()._should_save_intra_epoch_ckpt(*args)
+        updates, rest = divmod(self.step, self.grad_accumulation_factor)
+        if rest or self.checkpointer is None:
+            return False
+        # All processes count the same steps, but the clock is the first one's: to ask for that
+        # makes all of them wait.
+        if self.ckpt_interval_steps > 0:
+            return steps_since_ckpt >= self.ckpt_interval_steps
+        if is_distributed_initialized() and updates % UPDATES_BETWEEN_ASKING:
+            return False
+        return super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
 
     def _wrap_distributed(self):
         if not (self.distributed_launch and self.device_type == "cpu"):
             super()._wrap_distributed()
+            wait_for_nobody(self.modules)
             return
         # SpeechBrain would make every BatchNorm a SyncBatchNorm, which runs on GPUs only.
         if any(isinstance(module, _BatchNorm) for module in self.modules.modules()):
@@ -284,7 +348,7 @@ class RecipeBrain(sb.Brain):
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Report the progress of the epoch and of the run."""
-        self._report(f"loss {loss.item():.3g}, run ends in {self._time_left()}")
+        self._report(f"loss {loss:.3g}, run ends in {self._time_left()}")
 
     def evaluate_batch(self, batch, stage):
         """SpeechBrain's, with a progress report; a loss that is not finite is told."""
@@ -420,6 +484,10 @@ class RecipeBrain(sb.Brain):
         self.skipped_updates = state["skipped_updates"]
         self.epoch_seconds = state["epoch_seconds"]
         self.batches_before = state.get("batches_before")
+
+
+def _gradients(parameters):
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def make_brain(brain_class, hparams, run_opts, tokenizer):

@@ -16,9 +16,9 @@ class CTC(ASR):
         log_probs : torch.Tensor
             [B, T, tokens] float32, T in encoder frames.
         wav_lens : torch.Tensor
-            [B] length of each utterance relative to the longest.
+            [B] length of each utterance relative to the longest, on the host.
         """
-        states, wav_lens = self.encode(batch.to(self.device), stage)
+        states, wav_lens = self.encode(self.to_device(batch), stage)
         logits = self.modules.ctc_lin(states)
         return self.hparams.log_softmax(logits.float()), wav_lens
 

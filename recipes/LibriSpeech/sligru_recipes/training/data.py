@@ -13,6 +13,7 @@ from speechbrain.utils.logger import get_logger
 from ..corpora import shards
 from ..corpora.librispeech import as_list, check_files, manifest_path, prepare_librispeech
 from ..files import replacing
+from .loading import limit_processes
 from .tokenizer import check_alignable, check_characters, encode
 
 logger = get_logger(__name__)
@@ -48,6 +49,7 @@ def prepare_data(hparams):
         )
         # A language model's YAML has no rate, as it reads transcripts alone.
         kwargs = {name: hparams[name] for name in arguments}
+        kwargs["num_workers"] = limit_processes(hparams["num_workers"])
         kwargs["sample_rate"] = hparams.get("sample_rate")
         run_on_main(prepare_librispeech, kwargs=kwargs)
     if hparams.get("shard_folder"):

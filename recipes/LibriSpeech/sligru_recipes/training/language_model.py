@@ -24,7 +24,7 @@ class LanguageModel(RecipeBrain):
 
     def compute_forward(self, batch, stage):
         """Map the tokens so far to log-probabilities, [B, U + 1, tokens] float32."""
-        tokens_bos, _ = batch.to(self.device).tokens_bos
+        tokens_bos, _ = batch.to(self.device, non_blocking=True).tokens_bos
         return self.hparams.log_softmax(self.modules.model(tokens_bos).float())
 
     def compute_objectives(self, predictions, batch, stage):

@@ -3,6 +3,7 @@
 import os
 
 import speechbrain as sb
+from speechbrain.dataio.batch import PaddedData
 from speechbrain.dataio.dataset import FilteredSortedDynamicItemDataset
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
@@ -12,6 +13,7 @@ from ..inference.frames import count_frames
 from .brain import RecipeBrain, make_brain
 from .data import batching, dataio_prepare, prepare_data
 from .experiment import start_experiment
+from .features import move_constants, normalise
 from .tokenizer import load_tokenizer
 
 logger = get_logger(__name__)
@@ -28,9 +30,18 @@ class ASR(RecipeBrain):
 
     def __init__(self, tokenizer, **kwargs):
         super().__init__(tokenizer, **kwargs)
-        # It resamples on the CPU unless it is told otherwise.
+        # SpeechBrain has these on the CPU unless it is told otherwise.
         self.hparams.speed_perturb.device = self.device
+        move_constants(self.hparams.compute_features, self.device)
         self.unread = {}  # utterance ID -> words, of the test split's files that cannot be read
+
+    def to_device(self, batch):
+        """Move a batch's data. Its lengths stay on the host, where the CTC loss wants them."""
+        for key in ("sig", *self.targets):
+            data, lengths = batch[key]
+            data = data.to(self.device, non_blocking=True)
+            setattr(batch, key, PaddedData(data, lengths))
+        return batch
 
     def encode(self, batch, stage):
         """Map a batch's waveforms, augmented in training, to encoder states.
@@ -41,13 +52,19 @@ class ASR(RecipeBrain):
             [B, T, features], T in encoder frames; B is larger than the batch where augmentation
             adds copies (`augment_targets` follows).
         wav_lens : torch.Tensor
-            [B] length of each utterance relative to the longest; out of training, in states.
+            [B] length of each utterance relative to the longest, on the host; out of training, in
+            states.
         """
         wavs, wav_lens = batch.sig
         if stage == sb.Stage.TRAIN:
             wavs, wav_lens = self.hparams.wav_augment(wavs, wav_lens)
         feats = self.hparams.compute_features(wavs)
-        feats = self.modules.normalize(feats, wav_lens, epoch=self.hparams.epoch_counter.current)
+        lengths = wav_lens.to(self.device, non_blocking=True)
+        if stage == sb.Stage.TRAIN:
+            epoch = self.hparams.epoch_counter.current
+            feats = normalise(self.modules.normalize, feats, lengths, epoch)
+        else:
+            feats = self.modules.normalize(feats, lengths)
         states = self.modules.enc(feats)
         if stage != sb.Stage.TRAIN:  # decode all states that an utterance has where it is alone
             samples = (wav_lens * wavs.shape[1]).round().long()

@@ -30,13 +30,14 @@ class Seq2Seq(ASR):
         ctc_log_probs : torch.Tensor or None
             [B, T, tokens] float32, T in encoder frames; None where there is no CTC loss.
         wav_lens : torch.Tensor
-            [B] length of each utterance relative to the longest.
+            [B] length of each utterance relative to the longest, on the host.
         token_ids : list of list of int, or None
             What was recognised; None in training.
         """
-        states, wav_lens = self.encode(batch.to(self.device), stage)
+        states, wav_lens = self.encode(self.to_device(batch), stage)
+        lengths = wav_lens.to(self.device, non_blocking=True)
         (tokens_bos,) = self.augment_targets(stage, batch.tokens_bos.data)
-        hidden, _ = self.modules.dec(self.modules.emb(tokens_bos), states, wav_lens)
+        hidden, _ = self.modules.dec(self.modules.emb(tokens_bos), states, lengths)
         log_probs = self.hparams.log_softmax(self.modules.seq_lin(hidden).float())
         ctc_log_probs = token_ids = None
         if stage == sb.Stage.TRAIN:
@@ -44,13 +45,14 @@ class Seq2Seq(ASR):
                 ctc_log_probs = self.hparams.log_softmax(self.modules.ctc_lin(states).float())
         else:
             search = self.hparams.valid_search if stage == sb.Stage.VALID else self.test_search
-            token_ids, *_ = search(states, wav_lens)
+            token_ids, *_ = search(states, lengths)
         return log_probs, ctc_log_probs, wav_lens, token_ids
 
     def compute_objectives(self, predictions, batch, stage):
         """Return the loss of the batch; out of training that of the decoder, and count errors."""
         log_probs, ctc_log_probs, wav_lens, token_ids = predictions
         tokens_eos, eos_lens = self.augment_targets(stage, *batch.tokens_eos)
+        eos_lens = eos_lens.to(self.device, non_blocking=True)
         loss = self.hparams.seq_cost(log_probs, tokens_eos, length=eos_lens)
         if ctc_log_probs is not None:
             tokens, token_lens = self.augment_targets(stage, *batch.tokens)
