@@ -15,7 +15,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import _library, reference
 from ._autograd import Changes, accumulation_dtype, no_second_derivative
-from ._backends import choose, derivative_obstacle, forced_backend, gpu, warn_once
+from ._backends import (
+    choose,
+    derivative_obstacle,
+    forced_backend,
+    gpu,
+    missing_code,
+    warn_once,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,29 +71,12 @@ def _obstacles(device, hidden, operand_dtype):
     if device.type != "cuda":
         return {}
     index = torch.cuda.current_device() if device.index is None else device.index
-    obstacle = _library.cuda_error or _missing_code(index) or derivative_obstacle()
+    obstacle = _library.cuda_error or missing_code(index) or derivative_obstacle()
     if obstacle:
         return {"persistent": obstacle, "stepwise": obstacle}
     # index() makes a constant, with a guard, of a size that torch.compile holds as a symbol.
     obstacle = _persistent_obstacle(operator.index(hidden), operand_dtype, index)
     return {"persistent": obstacle, "stepwise": ""}
-
-
-@torch.compiler.assume_constant_result
-def _missing_code(device_index):
-    return _query_missing_code(device_index)
-
-
-@functools.cache
-def _query_missing_code(device_index):
-    major, minor = torch.cuda.get_device_capability(device_index)
-    if _library.gpu_code(10 * major + minor):
-        return ""
-    return (
-        f"the library holds no code for compute capability {major}.{minor}, but for "
-        f"{_library.build_info['archs']} (run: TORCH_CUDA_ARCH_LIST={major}.{minor} "
-        f"{_library.BUILD_COMMAND})"
-    )
 
 
 @functools.cache

@@ -1070,7 +1070,7 @@ def test_reason_why_a_gpu_layer_is_not_persistent(monkeypatch):
     """As choose_backend words it; test_choice_on_a_gpu asks the kernels themselves."""
     reasons = {torch.float32: "", torch.float64: "it takes no float64"}
     monkeypatch.setattr(_library, "cuda_error", None)
-    monkeypatch.setattr(_light_gru, "_query_missing_code", lambda device: "")
+    monkeypatch.setattr(_backends, "_query_missing_code", lambda device: "")
     monkeypatch.setattr(_light_gru, "_query_persistent", lambda _, dtype, device: reasons[dtype])
     assert ops.choose_backend("cuda:0", 512, torch.float32) == ("persistent", "the fastest")
     double = ops.choose_backend("cuda:0", 512, torch.float64)
