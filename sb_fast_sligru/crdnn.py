@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
-from ._parts import is_plain, not_plain
+from ._parts import build_module, is_plain, not_plain
 from ._stock import CNN, containers, dropout, normalization, pooling
 from ._stock import CRDNN as stock
 from .ops._backends import choose, warn_once
 
-__all__ = ["CRDNN"]
+__all__ = ["CRDNN", "build"]
 
 
 class CRDNN(stock.CRDNN):
@@ -208,6 +208,33 @@ class CRDNN(stock.CRDNN):
             x.shape[0], x.shape[2] // step.pool[1], 1, 1, dtype=dtype, device=x.device
         )
         return step.drop(ones).flatten(1)
+
+
+def build(crdnn_class, **arguments):
+    """Build a CRDNN of a class that a YAML has under a key of its own.
+
+    Arguments
+    ---------
+    crdnn_class : type
+        :class:`CRDNN`, or SpeechBrain's.
+    **arguments
+        Of its constructor.
+
+    Returns
+    -------
+    torch.nn.Module
+
+    Raises
+    ------
+    ValueError
+        If `crdnn_class` is not a class of modules.
+
+    Example
+    -------
+    >>> list(build(CRDNN, input_size=20, cnn_channels=[4, 8], rnn_neurons=6, dnn_blocks=0))
+    ['CNN', 'RNN']
+    """
+    return build_module("crdnn_class", crdnn_class, arguments)
 
 
 class _Step(NamedTuple):

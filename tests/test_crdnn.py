@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 import sb_fast_sligru
-from sb_fast_sligru import machine
+from sb_fast_sligru import crdnn, machine
 from sb_fast_sligru.ops import _backends
 from sb_fast_sligru.reference import relative_error
 
@@ -655,6 +655,14 @@ def test_bad_input_with_channels_is_named():
     _, ours = build_pair(input_shape=[None, None, 20, 3], time_pooling=False)
     with pytest.raises(ValueError, match=r"x must be \[batch, frames, 20, 3\] with at least 2"):
         ours(torch.zeros(2, 17, 20, dtype=torch.float64))
+
+
+def test_build():
+    for cls in (stock.CRDNN, sb_fast_sligru.CRDNN):
+        assert type(crdnn.build(cls, **CNN)) is cls
+    for other in (print, "CRDNN", dict):
+        with pytest.raises(ValueError, match="crdnn_class must be a class of modules, but is"):
+            crdnn.build(other)
 
 
 def test_another_dtype_is_refused_as_by_speechbrain():
