@@ -1,8 +1,8 @@
-"""SLi-GRU and Li-GRU encoders, and an attention decoder, for SpeechBrain on compiled kernels.
+"""SLi-GRU and Li-GRU encoders, the CRDNN around them, and an attention decoder, for SpeechBrain.
 
-Importing this package, `sb_fast_sligru.ops` included, needs torch alone. `SLiGRU`, `LiGRU` and
-`AttentionalRNNDecoder` subclass SpeechBrain's modules and import SpeechBrain when they are first
-asked for.
+They run on compiled kernels. Importing this package, `sb_fast_sligru.ops` included, needs torch
+alone. `SLiGRU`, `LiGRU`, `CRDNN` and `AttentionalRNNDecoder` subclass SpeechBrain's modules and
+import SpeechBrain when they are first asked for.
 """
 
 import importlib
@@ -11,11 +11,12 @@ from . import ops
 from .ops import backend
 
 __version__ = "0.2.0"
-__all__ = ["AttentionalRNNDecoder", "LiGRU", "SLiGRU", "backend", "ops"]
+__all__ = ["CRDNN", "AttentionalRNNDecoder", "LiGRU", "SLiGRU", "backend", "ops"]
 
 
 def __getattr__(name):
-    module = {"AttentionalRNNDecoder": "decoder", "SLiGRU": "rnn", "LiGRU": "rnn"}.get(name)
+    modules = {"SLiGRU": "rnn", "LiGRU": "rnn", "CRDNN": "crdnn"}
+    module = (modules | {"AttentionalRNNDecoder": "decoder"}).get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

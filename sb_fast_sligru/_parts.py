@@ -1,5 +1,6 @@
-"""Whether the parts of a module are still those that SpeechBrain built."""
+"""Modules by a key of a YAML, and whether their parts are still those that SpeechBrain built."""
 
+from torch import nn
 from torch.nn.utils import parametrize
 
 
@@ -24,3 +25,10 @@ def not_plain(name, part, expected):
         f"{name} is {kind.__module__}.{kind.__qualname__}, the kernels need {expected} "
         "without hooks (torch.nn.utils.parametrize and FSDP around whole layers leave it so)"
     )
+
+
+def build_module(key, cls, arguments):
+    """Build a module of the class that a YAML has under `key`; ValueError if it is none."""
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f"{key} must be a class of modules, but is {cls!r}")
+    return cls(**arguments)

@@ -1,4 +1,4 @@
-"""SpeechBrain's `speechbrain.nnet.RNN`, as `RNN`, or an ImportError that says what to install."""
+"""What is subclassed of SpeechBrain, or an ImportError that says what to install."""
 
 import importlib.metadata
 import re
@@ -49,7 +49,15 @@ def explain(error):
 
 
 try:
-    from speechbrain.nnet import RNN
+    from speechbrain.lobes.models import CRDNN  # noqa: F401
+    from speechbrain.nnet import (  # noqa: F401
+        CNN,
+        RNN,
+        containers,
+        dropout,
+        normalization,
+        pooling,
+    )
 
     RNN.SLiGRU_Layer  # noqa: B018  not in SpeechBrain 1.0
 except Exception as error:  # torchaudio raises OSError, RuntimeError and others

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
-from ._parts import is_plain, not_plain
+from ._parts import build_module, is_plain, not_plain
 from ._stock import RNN as stock
 from .ops._backends import choose, warn_once
 
@@ -229,9 +229,7 @@ def build(decoder_class, **arguments):
     >>> build(AttentionalRNNDecoder, rnn_type="gru", attn_type="content", **sizes).hidden_size
     7
     """
-    if not (isinstance(decoder_class, type) and issubclass(decoder_class, nn.Module)):
-        raise ValueError(f"decoder_class must be a class of modules, but is {decoder_class!r}")
-    return decoder_class(**arguments)
+    return build_module("decoder_class", decoder_class, arguments)
 
 
 def _frames(enc_states, wav_len):

@@ -8,6 +8,8 @@ import torch
 
 from . import __version__, _library, ops
 
+CNN_FRAME = 40, 128  # frequencies and channels of the recipes' first block
+
 
 def _speechbrain():
     try:
@@ -93,6 +95,10 @@ def report(hidden=512, rows=16):
     for device in map(torch.device, devices):
         # Channels and taps of SpeechBrain's recipes; of the dtypes only float64 makes a difference.
         choice = ops.choose_decoder_backend(device, torch.float32, 10, 201)
+        lines.append("  {:<18} {} ({})".format(str(device), *choice))
+    lines.append("Backend for the CNN:")
+    for device in map(torch.device, devices):
+        choice = ops.choose_norm_pool_backend(device, torch.float32, *CNN_FRAME)
         lines.append("  {:<18} {} ({})".format(str(device), *choice))
     return lines
 

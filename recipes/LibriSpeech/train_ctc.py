@@ -2,7 +2,7 @@
 
     python recipes/LibriSpeech/train_ctc.py hparams/librispeech_ctc.yaml --data_folder=LIBRISPEECH
 
-The encoder is SpeechBrain's CRDNN with the RNN of the `rnn_class` key. `--KEY=VALUE` overrides a
+The encoder is a CRDNN with the RNN of the `rnn_class` key. `--KEY=VALUE` overrides a
 key of the YAML, `--overrides=FILE.yaml` all keys of a second YAML (those on the command line win),
 and SpeechBrain's run options (`--device`, `--precision`, `--debug`, ...) work as everywhere.
 Stopped, the same command resumes from the last checkpoint. See README.md beside this file.

@@ -3,7 +3,7 @@
     python recipes/LibriSpeech/train_seq2seq.py hparams/librispeech_seq2seq.yaml \
         --data_folder=LIBRISPEECH
 
-The encoder is SpeechBrain's CRDNN with the RNN of the `rnn_class` key, the decoder a GRU with
+The encoder is a CRDNN with the RNN of the `rnn_class` key, the decoder a GRU with
 location-aware attention. The test splits are decoded by a beam search that weighs attention, CTC
 and, if `lm_folder` is given, a language model of train_lm.py. The command line is that of
 train_ctc.py. See README.md beside this file.

@@ -7,6 +7,7 @@ kernel. `backend` forces that choice for all of them.
 from ._attention_decoder import attention_decoder, choose_decoder_backend
 from ._backends import BACKENDS, Gpu, backend, gpu
 from ._light_gru import Choice, choose_backend, choose_kernel, light_gru
+from ._norm_pool import choose_norm_pool_backend, norm_pool
 
 __all__ = [
     "BACKENDS",
@@ -17,6 +18,8 @@ __all__ = [
     "choose_backend",
     "choose_decoder_backend",
     "choose_kernel",
+    "choose_norm_pool_backend",
     "gpu",
     "light_gru",
+    "norm_pool",
 ]

@@ -144,6 +144,24 @@ def derivative_obstacle():
     return ""
 
 
+@torch.compiler.assume_constant_result
+def missing_code(device_index):
+    """What keeps the library's CUDA code from running on a device, "" if nothing does."""
+    return _query_missing_code(device_index)
+
+
+@functools.cache
+def _query_missing_code(device_index):
+    major, minor = torch.cuda.get_device_capability(device_index)
+    if _library.gpu_code(10 * major + minor):
+        return ""
+    return (
+        f"the library holds no code for compute capability {major}.{minor}, but for "
+        f"{_library.build_info['archs']} (run: TORCH_CUDA_ARCH_LIST={major}.{minor} "
+        f"{_library.BUILD_COMMAND})"
+    )
+
+
 class Gpu(NamedTuple):
     """What of a GPU decides which kernels run on it (cuda_ops/common/gpu.h)."""
 
@@ -179,32 +197,14 @@ def gpu(device_index):
     return Gpu(*torch.ops.sb_fast_sligru.gpu(device_index))
 
 
-@torch.compiler.assume_constant_result
-def missing_code(device_index):
-    """What the library lacks to run on a CUDA device at all, "" if nothing."""
-    return _query_missing_code(device_index)
-
-
-@functools.cache
-def _query_missing_code(device_index):
-    major, minor = torch.cuda.get_device_capability(device_index)
-    if _library.gpu_code(10 * major + minor):
-        return ""
-    return (
-        f"the library holds no code for compute capability {major}.{minor}, but for "
-        f"{_library.build_info['archs']} (run: TORCH_CUDA_ARCH_LIST={major}.{minor} "
-        f"{_library.BUILD_COMMAND})"
-    )
-
-
 _warned = set()
 
 
-def warn_once(reason):
-    """Say that the slow loop runs; each reason once in a process, but not while compiling."""
+def warn_once(reason, what="its slow PyTorch loop (same results)"):
+    """Say what slow code runs, and why; each reason once in a process, but not while compiling."""
     if not torch.compiler.is_compiling() and reason not in _warned:
         _warned.add(reason)
         warnings.warn(
-            f"sb_fast_sligru runs its slow PyTorch loop (same results): {reason}",
+            f"sb_fast_sligru runs {what}: {reason}",
             stacklevel=4,
         )

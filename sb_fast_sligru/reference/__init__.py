@@ -3,5 +3,6 @@
 from ._attention_decoder import attention_decoder
 from ._error import relative_error
 from ._light_gru import ACTIVATIONS, light_gru
+from ._norm_pool import norm_pool
 
-__all__ = ["ACTIVATIONS", "attention_decoder", "light_gru", "relative_error"]
+__all__ = ["ACTIVATIONS", "attention_decoder", "light_gru", "norm_pool", "relative_error"]

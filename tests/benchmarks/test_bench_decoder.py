@@ -48,7 +48,7 @@ def test_a_run_writes_every_row_with_its_raw_times(bench_decoder, tmp_path):
     (table,) = tmp_path.glob("*.md")
     text = table.read_text(encoding="utf-8")
     for row in results["rows"]:
-        assert bench_decoder.number(row["least_ms"]) in text
+        assert bench_decoder.bench_rounds.number(row["least_ms"]) in text
 
     # A second run replaces its rows and keeps the others.
     arguments = ("--cases", "mini", "--passes", "forward", "--contenders", "ours")
@@ -62,7 +62,7 @@ def test_both_contenders_compute_the_same(bench_decoder, monkeypatch):
     monkeypatch.setattr(bench_decoder, "DROPOUT", 0.0)
     case = bench_decoder.dataclasses.replace(bench_decoder.MINI, **bench_decoder.TINY)
     ours, stock = (
-        bench_decoder.Contender(name, case, bench_decoder.PRECISIONS["fp32"])
+        bench_decoder.Contender(name, case, bench_decoder.bench_rounds.PRECISIONS["fp32"])
         for name in ("ours", "stock-eager")
     )
     for actual, expected in zip(ours.training(), stock.training(), strict=True):

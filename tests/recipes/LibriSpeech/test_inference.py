@@ -186,6 +186,18 @@ def test_rnn_class_can_be_overridden(exported, recogniser, audio):
         assert asr.transcribe_file(str(path)) == recogniser.transcribe_file(str(path))
 
 
+def test_crdnn_class_can_be_overridden(exported, recogniser, audio):
+    asr = EncoderASR.from_hparams(
+        source=str(exported),
+        overrides="crdnn_class: !name:speechbrain.lobes.models.CRDNN.CRDNN",
+        run_opts={"device": "cpu"},
+    )
+    modules = [type(net.mods.encoder.enc).__module__ for net in (recogniser, asr)]
+    assert modules == ["sb_fast_sligru.crdnn", "speechbrain.lobes.models.CRDNN"]
+    for path in audio:
+        assert asr.transcribe_file(str(path)) == recogniser.transcribe_file(str(path))
+
+
 def test_stock_checkpoint_gives_the_same_transcripts_with_our_rnn(corpus, audio, tmp_path):
     arguments = (*CTC, "--number_of_epochs=8", f"--rnn_class={STOCK}")
     folder = export(train(train_ctc, "librispeech_ctc.yaml", corpus, tmp_path / "run", *arguments))

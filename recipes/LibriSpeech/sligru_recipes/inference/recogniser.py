@@ -13,6 +13,7 @@ from ..device import check_device
 # What export.py's YAML files build, and what a recipe's keys put in the place of it.
 KNOWN = {
     "sb_fast_sligru.AttentionalRNNDecoder",
+    "sb_fast_sligru.CRDNN",
     "sb_fast_sligru.LiGRU",
     "sb_fast_sligru.SLiGRU",
     "sentencepiece.SentencePieceProcessor",
@@ -47,7 +48,8 @@ KNOWN = {
         for activation in "ELU GELU Hardtanh LeakyReLU Mish PReLU ReLU SELU SiLU Tanh".split()
     ),
 }
-CALLED = {"!apply:sb_fast_sligru.decoder.build"}  # which takes no other class than a module's
+# Which take no other class than a module's.
+CALLED = {"!apply:sb_fast_sligru.crdnn.build", "!apply:sb_fast_sligru.decoder.build"}
 PLAIN = {"map", "seq", "str", "int", "float", "bool", "null"}  # of the YAML standard
 
 

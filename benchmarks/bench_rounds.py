@@ -1,0 +1,257 @@
+"""What bench_decoder.py and bench_cnn.py share: alternating rounds, result files, the command line.
+
+In each round every contender runs in turn, warmed up, so that what else the machine does meets all
+alike. The tables have the median of all passes and the least one; gains are ratios of the least,
+which other programs disturb the least. Precisions are those of bench_rnn.py. Peak memory is what
+PyTorch's allocator handed out at most above inputs and parameters.
+
+Results go to DIR/<name of the GPU or CPU>-<part>.{json,md}; a later run replaces the rows that it
+measures. Keys of the JSON file:
+
+    runs       as in bench_rnn.py
+    rows       list of: run (index), case, sizes, contender, precision, pass, status (measured or
+               failed), reason, and if measured times_ms (all rounds), median_ms, least_ms, backend,
+               peak_bytes
+    accuracy   empty
+"""
+
+import argparse
+import dataclasses
+import datetime
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import bench_report
+import torch
+from bench_report import PASSES, number
+from bench_rnn import (
+    PRECISIONS,
+    capture,
+    describe_machine,
+    file_stem,
+    first_line,
+    time_passes,
+    versions,
+)
+from tabulate import tabulate
+
+from sb_fast_sligru import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU_ALONE = ("-graph", "-search")  # ends of names of contenders that a CPU does not have
+SECONDS_OF_PASSES, FEWEST_PASSES, MOST_PASSES = 0.4, 2, 20  # of a row, in each round
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What a script measures."""
+
+    script: str
+    description: str
+    part: str  # of the model, in names of files
+    title: str  # of the tables
+    sizes: str  # of a case in the tables, a format of its fields
+    cases: dict  # name -> a dataclass: name, sizes, device, threads, and precisions by default
+    tiny: dict  # fields of a case that only shows that everything runs
+    contenders: tuple
+    make: Callable  # (name, case, precision) -> a Contender
+
+
+class Contender:
+    """A network with its inputs, one function a pass: `forward` and `training`."""
+
+    name: str
+    device: str
+    backend: str | None = None  # what runs it, and why
+
+    def function(self, which):
+        """What is timed, warmed up."""
+        function = {"forward": self.forward, "training": self.training}[which]
+        if self.name.endswith("-graph"):
+            function = capture(function)
+        time_passes(function, 2, self.device)
+        return function
+
+
+def measure(make, case, precision_name, contenders, passes, rounds, effort):
+    """Rows of a case in one precision."""
+    precision = PRECISIONS[precision_name]
+    sizes = {key: value for key, value in dataclasses.asdict(case).items() if key != "precisions"}
+    del sizes["name"]
+    rows = {}
+    with machine.tf32(precision.tf32):
+        for which in passes:
+            functions = {}
+            for name in contenders:
+                row = {"case": case.name, **sizes, "contender": name, "precision": precision_name}
+                row |= {"pass": which, "run": 0}
+                rows[name, which] = row
+                try:
+                    contender = make(name, case, precision)
+                    before = reset_peak(case.device)
+                    functions[name] = contender.function(which)
+                except Exception as error:
+                    row |= {"status": "failed", "reason": first_line(error)}
+                    continue
+                peak = torch.cuda.max_memory_allocated() - before if before is not None else None
+                row |= {"status": "measured", "times_ms": [], "backend": contender.backend}
+                row |= {"peak_bytes": peak}
+            for _ in range(rounds):
+                for name, function in functions.items():
+                    times = time_passes(function, FEWEST_PASSES, case.device)
+                    more = int(1e3 * effort * SECONDS_OF_PASSES / min(times))
+                    more = min(MOST_PASSES, more) - FEWEST_PASSES
+                    times += time_passes(function, max(0, more), case.device)
+                    rows[name, which]["times_ms"] += times
+    for row in rows.values():
+        if row["status"] == "measured":
+            row["median_ms"] = statistics.median(row["times_ms"])
+            row["least_ms"] = min(row["times_ms"])
+    return list(rows.values())
+
+
+def reset_peak(device):
+    """Bytes in use on the GPU, from which the peak counts."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def markdown(bench, results):
+    """Machine and times."""
+    parts = [f"# {bench.title}: times and memory", bench_report.describe_runs(results["runs"])]
+    for case in dict.fromkeys(row["case"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["case"] == case]
+        parts.append(f"## Case {case}: {bench.sizes.format(**rows[0])}\n\n" + table(rows))
+    parts.append(
+        "Milliseconds of a pass, median / least of all rounds, in which the contenders take turns; "
+        "the gain is the ratio of SpeechBrain's least to ours."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def table(rows):
+    body = []
+    for row in rows:
+        cells = [row["contender"], row["precision"], row["pass"]]
+        if row["status"] != "measured":
+            body.append([*cells, f"{row['status']}: {row['reason']}", "", "", ""])
+            continue
+        gain = ""
+        for other in rows:
+            same = all(other[key] == row[key] for key in ("precision", "pass"))
+            if same and other["contender"] == "ours" and other["status"] == "measured":
+                gain = number(row["least_ms"] / other["least_ms"])
+        peak = row["peak_bytes"]
+        times = f"{number(row['median_ms'])} / {number(row['least_ms'])}"
+        memory = "" if peak is None else number(peak / 2**20)
+        body.append([*cells, times, gain, memory, row["backend"] or ""])
+    headers = [
+        "contender",
+        "precision",
+        "pass",
+        "median / least, ms",
+        "gain",
+        "peak, MiB",
+        "backend",
+    ]
+    return tabulate(body, headers, "github", disable_numparse=True)
+
+
+def make_parser(bench):
+    parser = argparse.ArgumentParser(
+        description=bench.description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", choices=bench.cases)
+    parser.add_argument(
+        "--contenders", nargs="+", choices=bench.contenders, default=list(bench.contenders)
+    )
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS)
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", default=ROOT / "benchmarks" / "results"
+    )
+    parser.add_argument(
+        "--commit",
+        default=os.environ.get("BENCH_COMMIT"),
+        help="for a machine without git (or set BENCH_COMMIT)",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="sizes that only show that everything runs"
+    )
+    return parser
+
+
+def command(bench, options):
+    """The command line of what was measured: without the paths of this machine."""
+    words = [bench.script]
+    for name in ("cases", "contenders", "precisions", "passes", "rounds"):
+        value = getattr(options, name)
+        if value != make_parser(bench).get_default(name):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return " ".join(words + (["--tiny"] if options.tiny else []))
+
+
+def run(bench, options):
+    """Measure and write; return the exit status."""
+    if options.rounds < 1:
+        raise ValueError(f"--rounds: got {options.rounds}, expected at least 1")
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    cases = options.cases or [name for name, case in bench.cases.items() if case.device == device]
+    for name in cases:
+        if bench.cases[name].device == "cuda" and not on_gpu:
+            raise ValueError(f"--cases: {name} needs an NVIDIA GPU, and torch sees none")
+    here = describe_machine()
+    gpu_file = any(bench.cases[name].device == "cuda" for name in cases)
+    stem = f"{file_stem(here, gpu_file)}-{bench.part}{'-tiny' if options.tiny else ''}"
+    path = options.output / f"{stem}.json"
+    options.output.mkdir(parents=True, exist_ok=True)
+    empty = {"runs": [], "rows": [], "accuracy": []}
+    earlier = bench_report.read_results(path) if path.exists() else empty
+
+    begin = time.monotonic()
+    rows = []
+    for name in cases:
+        case = dataclasses.replace(bench.cases[name], **(bench.tiny if options.tiny else {}))
+        contenders = options.contenders
+        if case.device == "cpu":
+            torch.set_num_threads(case.threads)
+            contenders = [name for name in contenders if not name.endswith(GPU_ALONE)]
+        for precision in options.precisions or case.precisions:
+            effort = 0.02 if options.tiny else 1.0
+            rows += measure(
+                bench.make, case, precision, contenders, options.passes, options.rounds, effort
+            )
+    this_run = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": options.commit or machine.commit_of(ROOT),
+        "command": command(bench, options),
+        "machine": here,
+        "versions": versions(),
+        "interrupted": None,
+        "seconds": time.monotonic() - begin,
+    }
+    results = bench_report.merged(earlier, {"runs": [this_run], "rows": rows, "accuracy": []})
+    bench_report.write_text(path, bench_report.as_json(results))
+    text = markdown(bench, results)
+    bench_report.write_text(path.with_suffix(".md"), text)
+    print(text)
+    print(f"written: {options.output / stem}.*", file=sys.stderr)
+    return 1 if any(row["status"] == "failed" and row["contender"] == "ours" for row in rows) else 0
+
+
+def main(bench, arguments=None):
+    try:
+        return run(bench, make_parser(bench).parse_args(arguments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,339 @@
+"""SpeechBrain's CRDNN with a CNN whose tensors are never laid out anew.
+
+The class is SpeechBrain's, subclassed: constructor, parameters, initialisation and ``state_dict``
+are inherited, and the layers after the CNN are called as they are. Replaced is what runs the
+convolutional blocks and the time pooling:
+
+===========================  ===============================  ===================================
+step                         SpeechBrain                      here
+===========================  ===============================  ===================================
+convolutions                 on transposed tensors, after a   on [B, T, F, C] as it is, whose
+                             padding pass                     border the step before has written
+bias, LayerNorm, LeakyReLU,  an operator each, most with a    ``ops.norm_pool``
+max-pooling, dropout         copy to another layout
+===========================  ===============================  ===================================
+
+Blocks of other kernel sizes, activations or poolings, and parts that were replaced (an adapter) or
+have hooks run SpeechBrain's own layers, which says so once; ``CRDNN.choose_backend`` tells why.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import ops
+from ._parts import build_module, is_plain, not_plain
+from ._stock import CNN, containers, dropout, normalization, pooling
+from ._stock import CRDNN as stock
+from .ops._backends import choose, warn_once
+
+__all__ = ["CRDNN", "build"]
+
+
+class CRDNN(stock.CRDNN):
+    """CNN, RNN and DNN, a replacement of :class:`speechbrain.lobes.models.CRDNN.CRDNN`.
+
+    Arguments, defaults, inputs and outputs are SpeechBrain's. ``torch.jit.script`` compiles
+    SpeechBrain's layers.
+
+    Example
+    -------
+    >>> inputs = torch.rand([10, 15, 60])
+    >>> model = CRDNN(input_shape=inputs.shape, cnn_channels=[4, 8], rnn_neurons=16)
+    >>> model(inputs).shape
+    torch.Size([10, 15, 512])
+    """
+
+    def forward(self, x):
+        """Encode a batch.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Features, [B, T, F], or [B, T, F, channels] if it was built for that.
+
+        Returns
+        -------
+        torch.Tensor
+            Of the last layer, [B, T', features].
+
+        Raises
+        ------
+        ValueError
+            If the shape of `x` does not fit.
+        RuntimeError
+            If a compiled backend is forced that cannot serve the CNN.
+        """
+        if "CNN" not in self:
+            return super().forward(x)
+        name, reason = self.choose_backend(x.device, x.dtype)
+        if name == "reference" and (reason != "forced" or self._obstacle()):
+            if reason != "forced":
+                warn_once(reason, "SpeechBrain's CNN (same results)")
+            return super().forward(x)
+        x = self._convolve(x)
+        for layer_name, layer in self.items():
+            if layer_name not in ("CNN", "time_pooling"):
+                x = layer(x)
+                if isinstance(x, tuple):
+                    x = x[0]
+        return x
+
+    def get_output_shape(self):
+        """Shape of the output for `input_shape`, a torch.Size; SpeechBrain's layers tell it."""
+        with torch.no_grad():  # while the constructor adds layers: with its random numbers
+            return super().forward(torch.zeros(self.input_shape)).shape
+
+    def __prepare_scriptable__(self):
+        """For torch.jit.script: SpeechBrain's class with these layers."""
+        twin = stock.CRDNN.__new__(stock.CRDNN)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def choose_backend(self, device, dtype=torch.float32):
+        """The backend that serves the CNN now, and why.
+
+        Arguments
+        ---------
+        device : torch.device or str
+            Of the features.
+        dtype : torch.dtype
+            Of the features.
+
+        Returns
+        -------
+        name : str
+            "cpu", "cuda" (or what is forced), or "reference": plain PyTorch, namely SpeechBrain's
+            own layers unless the reason is "forced".
+        reason : str
+            One clause, for people.
+
+        Raises
+        ------
+        RuntimeError
+            If a backend is forced that cannot serve this CNN.
+        """
+        device = torch.device(device)
+        obstacle = self._obstacle()
+        if obstacle:
+            return choose(device, dict.fromkeys(ops.BACKENDS, obstacle))
+        for step in self._steps():
+            name, reason = ops.choose_norm_pool_backend(
+                device, dtype, *step.norm.normalized_shape, step.pool[1]
+            )
+            if name == "reference":
+                break
+        return name, reason
+
+    def _obstacle(self):
+        """Tell what the operator cannot stand in for, "" if there is nothing."""
+        if "CNN" not in self:
+            return "the CRDNN has no CNN"
+        expected = [name for name in ("CNN", "time_pooling") if name in self]
+        if list(self)[: len(expected)] != expected:
+            return f"the CRDNN does not begin with {' and '.join(expected)}"
+        if not is_plain(self.CNN, containers.Sequential):
+            return not_plain("CNN of the CRDNN", self.CNN, "a Sequential")
+        for block_name, block in self.CNN.items():
+            name = f"CNN.{block_name} of the CRDNN"
+            if not is_plain(block, stock.CNN_Block):
+                return not_plain(name, block, "a CNN_Block")
+            if tuple(block) != tuple(_PARTS):
+                return f"{name} has other layers than SpeechBrain's"
+            for part_name, kinds in _PARTS.items():
+                obstacle = _part_obstacle(
+                    f"CNN.{block_name}.{part_name} of the CRDNN", block[part_name], kinds
+                )
+                if obstacle:
+                    return obstacle
+        if "time_pooling" in self:
+            return _part_obstacle("time_pooling of the CRDNN", self.time_pooling, _TIME_POOLING)
+        return ""
+
+    def _steps(self):
+        """What the CNN computes: a list of `_Step`."""
+        steps = []
+        for block in self.CNN.values():
+            for i in (1, 2):
+                conv, norm, act = (block[f"{part}_{i}"] for part in ("conv", "norm", "act"))
+                steps.append(_Step(conv.conv, norm.norm, act.negative_slope, (1, 1), None))
+            steps[-1] = steps[-1]._replace(pool=_windows(block.pooling), drop=block.drop.drop)
+        if "time_pooling" in self:
+            time, frequency = steps[-1].pool
+            time *= _windows(self.time_pooling)[0]
+            steps[-1] = steps[-1]._replace(pool=(time, frequency))
+        return steps
+
+    def _convolve(self, x):
+        """The CNN and the time pooling, of which nothing but the convolutions is SpeechBrain's."""
+        steps = self._steps()
+        _check(x, steps)
+        x = (x.unsqueeze(3) if x.ndim == 3 else x).permute(0, 3, 1, 2)
+        x = F.pad(x, (1, 1, 1, 1), mode="reflect").permute(0, 2, 3, 1).contiguous()
+        for step in steps:
+            # Weights are [out, in, F, T], the convolution is over [B, channels, T, F]: both here as
+            # views of tensors whose channels lie next to each other.
+            weight = step.conv.weight.transpose(2, 3).contiguous(memory_format=torch.channels_last)
+            x = F.conv2d(x.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1)
+            # Under autocast SpeechBrain's LayerNorm returns float32 on a GPU.
+            dtype = x.dtype
+            if x.is_cuda and dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
+                dtype = torch.float32
+            last = step is steps[-1]
+            x = ops.norm_pool(
+                x,
+                step.conv.bias,
+                step.norm.weight,
+                step.norm.bias,
+                self._draw_mask(step, x, dtype),
+                eps=step.norm.eps,
+                negative_slope=step.slope,
+                pool_time=step.pool[0],
+                pool_frequency=step.pool[1],
+                halo=not last,
+                out_dtype=dtype if last else x.dtype,
+            )
+        return x
+
+    def _draw_mask(self, step, x, dtype):
+        """Draw a dropout mask, [B, frequencies after pooling], or None.
+
+        SpeechBrain's Dropout2d drops whole frequencies of a row. The same call draws it here.
+        """
+        if step.drop is None or not step.drop.training or step.drop.p == 0:
+            return None
+        ones = torch.ones(
+            x.shape[0], x.shape[2] // step.pool[1], 1, 1, dtype=dtype, device=x.device
+        )
+        return step.drop(ones).flatten(1)
+
+
+def build(crdnn_class, **arguments):
+    """Build a CRDNN of a class that a YAML has under a key of its own.
+
+    Arguments
+    ---------
+    crdnn_class : type
+        :class:`CRDNN`, or SpeechBrain's.
+    **arguments
+        Of its constructor.
+
+    Returns
+    -------
+    torch.nn.Module
+
+    Raises
+    ------
+    ValueError
+        If `crdnn_class` is not a class of modules.
+
+    Example
+    -------
+    >>> list(build(CRDNN, input_size=20, cnn_channels=[4, 8], rnn_neurons=6, dnn_blocks=0))
+    ['CNN', 'RNN']
+    """
+    return build_module("crdnn_class", crdnn_class, arguments)
+
+
+class _Step(NamedTuple):
+    """A convolution and what follows until the next."""
+
+    conv: nn.Conv2d
+    norm: nn.LayerNorm
+    slope: float
+    """Of the LeakyReLU, for negative values."""
+    pool: tuple
+    """Frames and frequencies of a window."""
+    drop: nn.Dropout2d | None
+
+
+# The layers of a block -> what each is, outermost first.
+_CONV = {"": CNN.Conv2d, "conv": nn.Conv2d}
+_NORM = {"": normalization.LayerNorm, "norm": nn.LayerNorm}
+_ACT = {"": nn.LeakyReLU}
+_POOLING = {"": (pooling.Pooling1d, pooling.Pooling2d), "pool_layer": nn.MaxPool2d}
+_DROP = {"": dropout.Dropout2d, "drop": nn.Dropout2d}
+_PARTS = {
+    "conv_1": _CONV,
+    "norm_1": _NORM,
+    "act_1": _ACT,
+    "conv_2": _CONV,
+    "norm_2": _NORM,
+    "act_2": _ACT,
+    "pooling": _POOLING,
+    "drop": _DROP,
+}
+_TIME_POOLING = {"": pooling.Pooling1d, "pool_layer": nn.MaxPool2d}
+
+# Attributes of a kind -> the value that the operator needs.
+_NEEDED = {
+    CNN.Conv2d: {
+        "padding": "same",
+        "padding_mode": "reflect",
+        "max_norm": None,
+        "swap": False,
+        "skip_transpose": False,
+    },
+    nn.Conv2d: {"kernel_size": (3, 3), "stride": (1, 1), "dilation": (1, 1), "groups": 1},
+    nn.MaxPool2d: {"ceil_mode": False, "return_indices": False},
+}
+
+
+def _part_obstacle(name, part, kinds):
+    """Tell why the operator cannot stand in for a layer made of `kinds`, "" if it can."""
+    for attribute, kind in kinds.items():
+        inner = part.get_submodule(attribute)
+        kind = kind if isinstance(kind, tuple) else (kind,)
+        if not any(is_plain(inner, one) for one in kind):
+            expected = f"a {' or '.join(one.__name__ for one in kind)}"
+            return not_plain(f"{attribute}{' of ' if attribute else ''}{name}", inner, expected)
+        for key, value in _NEEDED.get(kind[0], {}).items():
+            found = getattr(inner, key)
+            if found != value:
+                return f"{key} of {name} is {found}, the kernels need {value}"
+        if isinstance(inner, (nn.Conv2d, nn.LayerNorm)) and (
+            inner.weight is None or inner.bias is None
+        ):
+            return f"{name} has no {'weight' if inner.weight is None else 'bias'}"
+        if isinstance(inner, nn.Conv2d) and inner.out_channels == 1:
+            return f"{name} has one channel"  # whose axis SpeechBrain removes
+        if isinstance(inner, nn.MaxPool2d) and _windows(part) is None:
+            return f"the windows of {name} are not those of SpeechBrain's CRDNN"
+    return ""
+
+
+def _windows(part):
+    """Frames and frequencies of the windows of a pooling layer, None if they are not plain."""
+    pool = part.pool_layer
+
+    def pair(value):
+        return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+    size = pair(pool.kernel_size)
+    plain = pair(pool.stride) == size and pair(pool.padding) == (0, 0)
+    plain &= pair(pool.dilation) == (1, 1)
+    if isinstance(part, pooling.Pooling2d):
+        return size if plain and tuple(part.pool_axis) == (1, 2) else None
+    if not plain or size[0] != 1 or part.pool_axis not in (1, 2):
+        return None
+    return (size[1], 1) if part.pool_axis == 1 else (1, size[1])
+
+
+def _check(x, steps):
+    """Raise ValueError for a bad shape."""
+    channels, frequencies = steps[0].conv.in_channels, steps[0].norm.normalized_shape[0]
+    least = 1
+    for step in reversed(steps):  # a border of one frame is mirrored before each convolution
+        least = max(2, least * step.pool[0])
+    expected = f"[batch, frames, {frequencies}]"
+    fits = x.ndim == 3 and channels == 1
+    if not fits:
+        fits = x.ndim == 4 and x.shape[3] == channels
+    if channels > 1:
+        expected = f"[batch, frames, {frequencies}, {channels}]"
+    if not fits or x.shape[2] != frequencies or x.shape[1] < least:
+        raise ValueError(
+            f"x must be {expected} with at least {least} frames, but its shape is {list(x.shape)}"
+        )
