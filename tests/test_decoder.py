@@ -497,6 +497,20 @@ def test_cuda_runs_speechbrains_code(warned):
     assert warned == {"the attention decoder has no CUDA kernels yet"}
 
 
+@pytest.mark.gpu
+def test_no_wait_for_the_gpu():
+    _, ours = build_pair()
+    ours.cuda()
+    inputs = [t.cuda() for t in make_inputs()]
+    for mode in ("default", "error"):  # first without, for what is done once
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            outputs, attn = ours(*inputs)
+            (outputs.sum() + attn.sum()).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 # State -----------------------------------------------------------------------------------------
 
 
