@@ -522,6 +522,20 @@ def test_cuda_does_not_wait_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+def test_no_wait_for_the_gpu():
+    _, ours = build_pair()
+    ours.cuda()
+    inputs = [t.cuda() for t in make_inputs()]
+    for mode in ("default", "error"):  # first without, for what is done once
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            outputs, attn = ours(*inputs)
+            (outputs.sum() + attn.sum()).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 # State -----------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,8 @@
 """Augmentation, features and their normalisation are SpeechBrain's, but for the waits."""
 
+import random
+from unittest import mock
+
 import pytest
 import speechbrain.augment.augmenter
 import speechbrain.augment.time_domain as stock
@@ -106,6 +109,7 @@ def test_augmenter_is_speechbrains(options):
         augmenter = kind(**{"min_augmentations": 2, "augmentations": augmentations} | options)
         # Ours draws twice: SpeechBrain's number, which is not looked at, and its own.
         torch.manual_seed(11)
+        random.seed(11)
         if kind is not Augmenter and options.get("augment_prob") != 0.0:
             torch.randint(1, 3, (1,))
         results.append((*augmenter(waveforms, lengths), augmenter.replicate_labels(lengths)))
@@ -178,8 +182,6 @@ def compare_statistics(rank, store):
 
 def _alone(norm, feats, lengths):
     """SpeechBrain's would add up what both processes see."""
-    from unittest import mock
-
     with mock.patch("torch.distributed.is_initialized", return_value=False):
         normalise(norm, feats, lengths, 1)
     return norm.count
