@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 from ..files import replacing
 from ..progress import Progress
-from .batch_norm import wait_for_nobody
 from .checkpoints import (
     LOAD_ERRORS,
     average_model,
@@ -294,7 +293,6 @@ class RecipeBrain(sb.Brain):
     def _wrap_distributed(self):
         if not (self.distributed_launch and self.device_type == "cpu"):
             super()._wrap_distributed()
-            wait_for_nobody(self.modules)
             return
         # SpeechBrain would make every BatchNorm a SyncBatchNorm, which runs on GPUs only.
         if any(isinstance(module, _BatchNorm) for module in self.modules.modules()):
