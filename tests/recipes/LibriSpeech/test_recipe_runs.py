@@ -690,7 +690,8 @@ def test_precisions_on_a_gpu(even_noise, tmp_path, precision, monkeypatch):
     resampled_on = set()
 
     def record(self, waveforms):
-        resampled_on.add(waveforms.device.type)
+        if len(waveforms) > 1:  # not the trial before any work
+            resampled_on.add(waveforms.device.type)
         return original(self, waveforms)
 
     original = Resample.forward

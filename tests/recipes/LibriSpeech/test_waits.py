@@ -1,5 +1,6 @@
 """How often the host waits for the GPU in a training step, of all recognisers' augmentations."""
 
+import importlib
 import warnings
 from unittest import mock
 
@@ -161,9 +162,8 @@ def test_waits_of_a_step_on_a_gpu(recipe):
 def test_adadelta_updates_all_weights_at_once(recipe):
     """On a GPU PyTorch takes its kernels over lists of tensors where it may."""
     run = start(recipe)
-    with mock.patch(
-        "torch.optim.adadelta._multi_tensor_adadelta",
-        side_effect=torch.optim.adadelta._multi_tensor_adadelta,
-    ) as at_once:
+    adadelta = importlib.import_module("torch.optim.adadelta")  # no attribute of torch.optim
+    at_once = mock.Mock(side_effect=adadelta._multi_tensor_adadelta)
+    with mock.patch.object(adadelta, "_multi_tensor_adadelta", at_once):
         run.brain.fit_batch(next(run.loader))
     at_once.assert_called_once()

@@ -80,11 +80,25 @@ def watch(brain, clock):
         handles.append(module.register_forward_pre_hook(lambda *_: clock.mark(phase)))
         handles.append(module.register_forward_hook(when_done))
 
+    def mark_gradient_of_input(module, inputs):
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(lambda gradient: clock.mark("CNN backward"))
+
     modules, hparams = brain.modules, brain.hparams
     add(hparams.compute_features, "features")
     add(modules.normalize, "features")
+    # Hooks on the CNN itself would keep ours from running: it begins with the encoder, and its
+    # backward with the gradient of what the next layer is given.
+    handles.append(modules.enc.register_forward_pre_hook(lambda *_: clock.mark("CNN")))
+    follows_cnn = False
     for name, layer in modules.enc.items():
-        add(layer, name if name in FORWARD else "CNN")
+        if name in ("CNN", "time_pooling"):
+            follows_cnn = True
+            continue
+        if follows_cnn:
+            handles.append(layer.register_forward_pre_hook(mark_gradient_of_input))
+            follows_cnn = False
+        add(layer, name if name in FORWARD else "DNN")
     if "dec" in modules:
         add(modules.emb, "decoder")
         add(modules.dec, "decoder")
