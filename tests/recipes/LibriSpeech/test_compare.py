@@ -1,6 +1,5 @@
 """The epoch-time comparison: tiny runs on the CPU, their reports, and the cases without a ratio."""
 
-import dataclasses
 import json
 import os
 import random
@@ -8,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import speechbrain.lobes.models.CRDNN
@@ -136,15 +134,23 @@ def test_report(arguments, tmp_path, capsys, monkeypatch):
     assert report["machine"]["device"] == "cpu" and report["machine"]["gpu"] is None
     assert report["settings"]["recipe"] == "CTC"
 
-    stock, ours, other = report["variants"]
+    stock, rnn_only, ours, other = report["variants"]
     assert [v["implementation"] for v in report["variants"]] == [
         "stock",
         "ours: RNN only",
+        "ours: all",
         "stock, other seed",
     ]
-    assert ours["classes"] == {"rnn_class": "sb_fast_sligru.SLiGRU"}
-    assert stock["classes"] == other["classes"] == {"rnn_class": "speechbrain.nnet.RNN.SLiGRU"}
-    assert ours["backends"] == {"RNN": "cpu"} and stock["backends"] == other["backends"] == {}
+    theirs = {
+        "rnn_class": "speechbrain.nnet.RNN.SLiGRU",
+        "crdnn_class": "speechbrain.lobes.models.CRDNN.CRDNN",
+    }
+    assert stock["classes"] == other["classes"] == theirs
+    assert rnn_only["classes"] == theirs | {"rnn_class": "sb_fast_sligru.SLiGRU"}
+    assert ours["classes"] == rnn_only["classes"] | {"crdnn_class": "sb_fast_sligru.CRDNN"}
+    assert stock["backends"] == other["backends"] == {}
+    assert rnn_only["backends"] == {"RNN": "cpu"}
+    assert ours["backends"] == {"RNN": "cpu", "enc": "cpu"}
     assert ours["seed"] == stock["seed"] != other["seed"]
     documentation = " ".join(epoch_report.__doc__.split())
     for variant in report["variants"]:
@@ -154,20 +160,24 @@ def test_report(arguments, tmp_path, capsys, monkeypatch):
         assert len(variant["warm_up_seconds"]) == epoch_runs.WARM_UP_STEPS
         assert variant["interval"][0] <= variant["epoch_seconds"] <= variant["interval"][1]
         assert variant["loader_utilisation"] > 0 and 0 < variant["loader_wait"] < 1
-    for variant in (ours, stock):
+    for variant in (ours, rnn_only, stock):
         phases = variant["breakdown_ms"]
         assert list(phases) == [name for name in PHASES if not name.startswith("decoder")]
         assert min(phases.values()) > 0
         peak = variant["peak_memory_bytes"]
         assert peak is None or peak > 2**16
-    ratio = stock["epoch_seconds"] / ours["epoch_seconds"]
-    assert report["ratios"] == {"SLi-GRU fp32": {"ours: RNN only": ratio}}
+    ratios = {
+        variant["implementation"]: stock["epoch_seconds"] / variant["epoch_seconds"]
+        for variant in (rnn_only, ours)
+    }
+    assert report["ratios"] == {"SLi-GRU fp32": ratios}
     assert ours["losses"] != stock["losses"] != other["losses"]  # dropout is on
 
     markdown = (tmp_path / "report/report.md").read_text()
     sentence = texts.headline(report)
-    assert f"(RNN only, {ratio:.1f}x)" in sentence
-    assert len(re.findall(r"^\| SLi-GRU", markdown, re.M)) == 2
+    for name, ratio in ratios.items():
+        assert f"({name.removeprefix('ours: ')}, {ratio:.1f}x)" in sentence
+    assert len(re.findall(r"^\| SLi-GRU", markdown, re.M)) == 3
     assert sentence in markdown and sentence in capsys.readouterr().out
     picture = (tmp_path / "report/report.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
@@ -315,7 +325,7 @@ def test_a_process_of_its_own_trains_the_same(simulated, tmp_path, monkeypatch):
     in_turn = read_report(tmp_path)
     seconds = {v["implementation"]: v["epoch_seconds"] for v in in_turn["variants"]}
     fastest = min(seconds["stock"], seconds["stock, jit"])
-    ours = ("ours: RNN only", "ours: RNN + decoder")
+    ours = ("ours: RNN only", "ours: RNN + decoder", "ours: all")
     assert in_turn["ratios"] == {"SLi-GRU fp32": {name: fastest / seconds[name] for name in ours}}
     assert in_turn["variants"].pop()["breakdown_ms"]["RNN"] > 0  # a scripted module's, too
 
@@ -325,39 +335,15 @@ def test_a_process_of_its_own_trains_the_same(simulated, tmp_path, monkeypatch):
     monkeypatch.setattr(epoch_runs, "in_own_process", in_this_process)
     compare_epoch_time.main([*simulated, "--isolate"])
     alone = read_report(tmp_path)
-    assert len(alone["variants"]) == 4
+    assert len(alone["variants"]) == 5
     for one, other in zip(in_turn["variants"], alone["variants"], strict=True):
         assert one["losses"] == other["losses"]
         assert one["batches_sha256"] == other["batches_sha256"]
 
 
-class AnotherCRDNN(speechbrain.lobes.models.CRDNN.CRDNN):
-    """In the place of ours."""
-
-
-@pytest.fixture
-def with_all_parts(simulated, tmp_path, monkeypatch):
-    """The seq2seq recipe with a key for the CRDNN too, ours being `AnotherCRDNN`."""
-    text = Path(simulated[0]).read_text()
-    built = "enc: !new:speechbrain.lobes.models.CRDNN.CRDNN\n"
-    assert text.count(built) == 1
-    text = text.replace(
-        built, f"enc: !apply:{__name__}.build\n    crdnn_class: !ref <crdnn_class>\n"
-    )
-    path = tmp_path / "seq2seq.yaml"
-    path.write_text(f"{text}\ncrdnn_class: !name:{__name__}.AnotherCRDNN\n")
-    crdnn = dataclasses.replace(compare.PARTS["crdnn_class"], ours=f"{__name__}.AnotherCRDNN")
-    monkeypatch.setitem(compare.PARTS, "crdnn_class", crdnn)
-    return [str(path), *simulated[1:]]
-
-
-def build(crdnn_class, **arguments):
-    return crdnn_class(**arguments)
-
-
-def test_each_variant_has_its_classes(with_all_parts):
+def test_each_variant_has_its_classes(simulated):
     """One part after the other is ours; what the YAML itself names counts for none."""
-    options, rest = compare_epoch_time.parse([*with_all_parts, "--batches=2", "--no-io"])
+    options, rest = compare_epoch_time.parse([*simulated, "--batches=2", "--no-io"])
     with load_recipe(rest, options) as recipe:
         found = {}
         for variant in compare.make_variants(recipe, options, "SLi-GRU", "fp32"):
@@ -371,15 +357,15 @@ def test_each_variant_has_its_classes(with_all_parts):
         assert type(modules.dec) is speechbrain.nnet.RNN.AttentionalRNNDecoder
         assert type(modules.enc) is speechbrain.lobes.models.CRDNN.CRDNN
     assert found == {
-        "stock": ["speechbrain", "speechbrain", "speechbrain"],
+        "stock": ["speechbrain"] * 3,
         "ours: RNN only": ["sb_fast_sligru", "speechbrain", "speechbrain"],
         "ours: RNN + decoder": ["sb_fast_sligru", "sb_fast_sligru", "speechbrain"],
-        "ours: all": ["sb_fast_sligru", "sb_fast_sligru", __name__],
-        "stock, other seed": ["speechbrain", "speechbrain", "speechbrain"],
+        "ours: all": ["sb_fast_sligru"] * 3,
+        "stock, other seed": ["speechbrain"] * 3,
     }
 
 
-def test_agreement_has_every_part_ours(with_all_parts, tmp_path, monkeypatch):
+def test_agreement_has_every_part_ours(simulated, tmp_path, monkeypatch):
     started, start_run = [], epoch_runs.start_run
 
     def note(recipe, variant, *rest, for_agreement=False, **options):
@@ -388,7 +374,7 @@ def test_agreement_has_every_part_ours(with_all_parts, tmp_path, monkeypatch):
         return start_run(recipe, variant, *rest, for_agreement=for_agreement, **options)
 
     monkeypatch.setattr(epoch_runs, "start_run", note)
-    compare_epoch_time.main([*with_all_parts, "--batches=2", "--no-io", "--cells", "SLi-GRU"])
+    compare_epoch_time.main([*simulated, "--batches=2", "--no-io", "--cells", "SLi-GRU"])
     assert started == ["ours: all", "stock", "stock"]
     report = read_report(tmp_path)
     ours = ["ours: RNN only", "ours: RNN + decoder", "ours: all"]
@@ -396,7 +382,7 @@ def test_agreement_has_every_part_ours(with_all_parts, tmp_path, monkeypatch):
     assert names == ["stock", *ours, "stock, other seed"]
     assert list(report["ratios"]["SLi-GRU fp32"]) == ours
     assert list(report["checks"]["seed_spread"]["SLi-GRU fp32"]["ours_and_stock"]) == ours
-    assert report["variants"][3]["backends"] == {"RNN": "cpu", "dec": "cpu"}
+    assert report["variants"][3]["backends"] == {"RNN": "cpu", "enc": "cpu", "dec": "cpu"}
     markdown = (tmp_path / "report/report.md").read_text()
     assert all(
         len(re.findall(rf"SLi-GRU fp32 {re.escape(name)} +\|", markdown)) == 1 for name in ours
@@ -453,7 +439,7 @@ def test_refuses_a_ratio_when_batches_differ(arguments, tmp_path, monkeypatch, c
     monkeypatch.setattr(epoch_runs, "make_dataloader", reverse_stock)
     assert run_main(arguments, "--full", "--cells", "SLi-GRU") == 1
     printed = capsys.readouterr().out
-    assert "SLi-GRU fp32 stock did not see the batches of SLi-GRU fp32 ours: RNN only" in printed
+    assert "SLi-GRU fp32 stock did not see the batches of SLi-GRU fp32 ours: all" in printed
     assert read_report(tmp_path)["ratios"] == {}
 
 

@@ -578,9 +578,10 @@ def test_batches_decode_as_many_frames_as_single_files(request, fixture, monkeyp
         normalize=encoder.normalize,
         epoch_counter=SimpleNamespace(current=1),
     )
+    brain = SimpleNamespace(hparams=names, modules=names, device="cpu")
     batch = SimpleNamespace(sig=(wavs, lengths / lengths.max()))
     for stage in (sb.Stage.VALID, sb.Stage.TEST):
-        states, shares = ASR.encode(SimpleNamespace(hparams=names, modules=names), batch, stage)
+        states, shares = ASR.encode(brain, batch, stage)
         assert torch.round(shares * states.shape[1]).int().tolist() == expected
 
 
