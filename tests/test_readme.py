@@ -1,14 +1,12 @@
 """What the front page says, shows and tells the reader to run is there, works and was measured."""
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, load
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Targets of links, and `name` in backquotes with a slash in it.
@@ -17,14 +15,6 @@ PATHS = sorted(
     | set(re.findall(r"`([\w.-]+/[\w./-]*)`", README))
 )
 MOST_WORDS = 900
-
-
-def load(path):
-    """A Python file of the repository as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 bench_report = load(ROOT / "benchmarks/bench_report.py")

@@ -1,6 +1,5 @@
 """setup.py and pyproject.toml: what is built, what is required, and one line for each obstacle."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, load
 from torch.utils import cpp_extension
 
 import sb_fast_sligru
@@ -30,10 +29,7 @@ def setup(monkeypatch):
     for name in ("NO_CUDA", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
-    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(ROOT / "setup.py")
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from .. import _library, reference
 from ._autograd import Changes, no_second_derivative
 from ._backends import (
     choose,
-    derivative_obstacle,
     forced_backend,
     gpu,
-    missing_code,
+    index_of,
+    library_obstacle,
     warn_once,
 )
 
@@ -64,15 +64,14 @@ def choose_decoder_backend(device, operand_dtype, channels, taps):
 def _obstacles(device, operand_dtype, channels, taps):
     """What keeps each compiled backend of the device from the call ("": nothing), best first."""
     if device.type == "cpu":
-        return {"cpu": _library.cpu_error or derivative_obstacle()}
+        return {"cpu": library_obstacle(device)}
     if device.type != "cuda":
         return {}
-    index = torch.cuda.current_device() if device.index is None else device.index
-    obstacle = _library.cuda_error or missing_code(index) or derivative_obstacle()
+    obstacle = library_obstacle(device)
     if not obstacle:
         # index() makes a constant, with a guard, of a size that torch.compile holds as a symbol.
         sizes = operator.index(channels), operator.index(taps)
-        obstacle = _persistent_obstacle(operand_dtype, *sizes, index)
+        obstacle = _persistent_obstacle(operand_dtype, *sizes, index_of(device))
     return {"persistent": obstacle, "stepwise": "the attention decoder has no such kernels"}
 
 

@@ -144,9 +144,26 @@ def derivative_obstacle():
     return ""
 
 
+def library_obstacle(device):
+    """What keeps every compiled backend of a CPU or CUDA device from serving a call now.
+
+    Returns
+    -------
+    obstacle : str
+        "" if nothing does.
+    """
+    if device.type == "cpu":
+        return _library.cpu_error or derivative_obstacle()
+    return _library.cuda_error or _missing_code(index_of(device)) or derivative_obstacle()
+
+
+def index_of(device):
+    """The index of a CUDA device."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 @torch.compiler.assume_constant_result
-def missing_code(device_index):
-    """What keeps the library's CUDA code from running on a device, "" if nothing does."""
+def _missing_code(device_index):
     return _query_missing_code(device_index)
 
 

@@ -17,10 +17,10 @@ from .. import _library, reference
 from ._autograd import Changes, accumulation_dtype, no_second_derivative
 from ._backends import (
     choose,
-    derivative_obstacle,
     forced_backend,
     gpu,
-    missing_code,
+    index_of,
+    library_obstacle,
     warn_once,
 )
 
@@ -67,15 +67,14 @@ def choose_backend(device, hidden, operand_dtype):
 def _obstacles(device, hidden, operand_dtype):
     """What keeps each compiled backend of the device from the layer ("": nothing), best first."""
     if device.type == "cpu":
-        return {"cpu": _library.cpu_error or derivative_obstacle()}
+        return {"cpu": library_obstacle(device)}
     if device.type != "cuda":
         return {}
-    index = torch.cuda.current_device() if device.index is None else device.index
-    obstacle = _library.cuda_error or missing_code(index) or derivative_obstacle()
+    obstacle = library_obstacle(device)
     if obstacle:
         return {"persistent": obstacle, "stepwise": obstacle}
     # index() makes a constant, with a guard, of a size that torch.compile holds as a symbol.
-    obstacle = _persistent_obstacle(operator.index(hidden), operand_dtype, index)
+    obstacle = _persistent_obstacle(operator.index(hidden), operand_dtype, index_of(device))
     return {"persistent": obstacle, "stepwise": ""}
 
 

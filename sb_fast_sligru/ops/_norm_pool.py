@@ -11,7 +11,7 @@ import torch
 
 from .. import _library, reference
 from ._autograd import accumulation_dtype, no_second_derivative
-from ._backends import choose, derivative_obstacle, forced_backend, gpu, missing_code, warn_once
+from ._backends import choose, forced_backend, gpu, index_of, library_obstacle, warn_once
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,19 +51,14 @@ def choose_norm_pool_backend(device, dtype, frequencies, channels, pool_frequenc
     """
     device = torch.device(device)
     if device.type == "cpu":
-        return choose(device, {"cpu": _library.cpu_error or derivative_obstacle()})
+        return choose(device, {"cpu": library_obstacle(device)})
     if device.type != "cuda" or forced_backend() == "reference":
         return choose(device, {})
-    index = torch.cuda.current_device() if device.index is None else device.index
-    obstacle = (
-        _library.cuda_error
-        or missing_code(index)
-        or derivative_obstacle()
+    obstacle = library_obstacle(device)
+    if not obstacle:
         # index() makes constants, with guards, of sizes that torch.compile holds as symbols.
-        or _size_obstacle(
-            index, dtype, *map(operator.index, (frequencies, channels, pool_frequency))
-        )
-    )
+        sizes = map(operator.index, (frequencies, channels, pool_frequency))
+        obstacle = _size_obstacle(index_of(device), dtype, *sizes)
     return choose(device, dict.fromkeys(("cuda", "stepwise", "persistent"), obstacle))
 
 

@@ -1,32 +1,19 @@
 """benchmarks/bench_rnn.py on sizes that only show that everything runs."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import benchmark
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-ROOT = next(p for p in Path(__file__).resolve().parents if (p / "pyproject.toml").is_file())
-FOLDER = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def bench_rnn():
     """The script as a module."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec = importlib.util.spec_from_file_location("bench_rnn", FOLDER / "bench_rnn.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["bench_rnn"] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
+    with benchmark("bench_rnn") as module:
         yield module
-    finally:
-        sys.path.remove(str(FOLDER))
-        sys.modules.pop("bench_rnn", None)
 
 
 @pytest.fixture(scope="module")

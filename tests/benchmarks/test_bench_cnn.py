@@ -1,31 +1,19 @@
 """benchmarks/bench_cnn.py on sizes that only show that everything runs."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import benchmark
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FOLDER = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def bench_cnn():
     """The script as a module."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        path = FOLDER / "bench_cnn.py"
-        spec = importlib.util.spec_from_file_location("bench_cnn", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["bench_cnn"] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
+    with benchmark("bench_cnn") as module:
         yield module
-    finally:
-        sys.path.remove(str(FOLDER))
-        sys.modules.pop("bench_cnn", None)
 
 
 def run(bench_cnn, folder, *arguments):

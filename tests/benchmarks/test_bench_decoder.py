@@ -1,31 +1,19 @@
 """benchmarks/bench_decoder.py on sizes that only show that everything runs."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import benchmark
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FOLDER = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def bench_decoder():
     """The script as a module."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        path = FOLDER / "bench_decoder.py"
-        spec = importlib.util.spec_from_file_location("bench_decoder", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["bench_decoder"] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
+    with benchmark("bench_decoder") as module:
         yield module
-    finally:
-        sys.path.remove(str(FOLDER))
-        sys.modules.pop("bench_decoder", None)
 
 
 def run(bench_decoder, folder, *arguments):
