@@ -49,16 +49,10 @@ def explain(error):
 
 
 try:
-    from speechbrain.lobes.models import CRDNN  # noqa: F401
-    from speechbrain.nnet import (  # noqa: F401
-        CNN,
-        RNN,
-        containers,
-        dropout,
-        normalization,
-        pooling,
-    )
+    from speechbrain.nnet import RNN
 
     RNN.SLiGRU_Layer  # noqa: B018  not in SpeechBrain 1.0
+    from speechbrain.lobes.models import CRDNN  # noqa: F401
+    from speechbrain.nnet import CNN, containers, dropout, normalization, pooling  # noqa: F401
 except Exception as error:  # torchaudio raises OSError, RuntimeError and others
     raise ImportError(explain(error)) from error

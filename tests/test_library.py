@@ -147,6 +147,9 @@ def speechbrain(monkeypatch):
         monkeypatch.setattr(metadata, "version", pretended)
         monkeypatch.setitem(sys.modules, "speechbrain.nnet", rnn)
         monkeypatch.setitem(sys.modules, "speechbrain", types.ModuleType("speechbrain"))
+        models = types.ModuleType("speechbrain.lobes.models")
+        models.CRDNN = None
+        monkeypatch.setitem(sys.modules, "speechbrain.lobes.models", models)
         for name in ("rnn", "_stock"):
             monkeypatch.delitem(sys.modules, f"sb_fast_sligru.{name}", raising=False)
             monkeypatch.delattr(sb_fast_sligru, name, raising=False)
@@ -182,6 +185,8 @@ def not_loaded(path, words):
 def old_speechbrain():
     nnet = types.ModuleType("speechbrain.nnet")
     nnet.RNN = types.ModuleType("speechbrain.nnet.RNN")  # without SLiGRU
+    for name in ("CNN", "containers", "dropout", "normalization", "pooling"):
+        setattr(nnet, name, None)
     return nnet
 
 
