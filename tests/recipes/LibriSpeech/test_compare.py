@@ -1,5 +1,6 @@
 """The epoch-time comparison: tiny runs on the CPU, their reports, and the cases without a ratio."""
 
+import dataclasses
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import speechbrain.lobes.models.CRDNN
@@ -30,7 +32,7 @@ from sligru_recipes.epoch_time.checks import (
     check_seed_spread,
 )
 from sligru_recipes.epoch_time.phases import PHASES
-from sligru_recipes.epoch_time.recipe import Options, load_recipe, spread
+from sligru_recipes.epoch_time.recipe import Options, Recipe, load_recipe, spread
 from sligru_recipes.epoch_time.runs import Run, Variant
 from sligru_recipes.training.ctc import CTC
 
@@ -160,7 +162,10 @@ def test_report(arguments, tmp_path, capsys, monkeypatch):
         assert len(variant["warm_up_seconds"]) == epoch_runs.WARM_UP_STEPS
         assert variant["interval"][0] <= variant["epoch_seconds"] <= variant["interval"][1]
         assert variant["loader_utilisation"] > 0 and 0 < variant["loader_wait"] < 1
+    assert 2 < data["shapes_in_epoch"] <= data["batches_in_epoch"]
+    assert other["new_shape_seconds"] is None
     for variant in (ours, rnn_only, stock):
+        assert variant["new_shape_seconds"] >= 0
         phases = variant["breakdown_ms"]
         assert list(phases) == [name for name in PHASES if not name.startswith("decoder")]
         assert min(phases.values()) > 0
@@ -174,6 +179,7 @@ def test_report(arguments, tmp_path, capsys, monkeypatch):
     assert ours["losses"] != stock["losses"] != other["losses"]  # dropout is on
 
     markdown = (tmp_path / "report/report.md").read_text()
+    assert f"The estimates have that {data['shapes_in_epoch']} times" in markdown
     sentence = texts.headline(report)
     for name, ratio in ratios.items():
         assert f"({name.removeprefix('ours: ')}, {ratio:.1f}x)" in sentence
@@ -477,6 +483,31 @@ def test_losses_beyond_the_seeds_spread_are_refused():
         both = {"ours: RNN only": near, "ours: all": ours}
         with pytest.raises(Refused, match="Li-GRU: the losses of ours: all differ from stock's"):
             check_seed_spread("Li-GRU", both, stock, other)
+
+
+def test_each_variant_meets_shapes_that_are_new_to_all():
+    seconds = [1, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9]
+    data = SimpleNamespace(
+        data_ids=list(range(len(seconds))), data=[{"duration": value} for value in seconds]
+    )
+    plan = [[index] for index in range(len(seconds))]
+    recipe = Recipe(
+        **dict.fromkeys(field.name for field in dataclasses.fields(Recipe))
+        | {"data": data, "plan": plan, "hparams": {"hop_length": 10}, "speeds": 1}
+    )
+    assert recipe.shape([0, 5]) == (2, 300)
+    assert recipe.count_shapes() == 9
+    assert dataclasses.replace(recipe, speeds=3).count_shapes() == len(plan)
+    variants = [a_run([], implementation=name).variant for name in ("stock", compare.RNN_ONLY)]
+    chosen, options = [[1], [5]], Options(batches=2)  # 1 and 3 s; the longest has 9 s
+    new = [
+        epoch_runs.new_shapes(recipe, options, variant, chosen, turn, 2)
+        for turn, variant in enumerate(variants)
+    ]
+    assert new == [[[4], [7], [9]], [[6], [8], [10]]]
+    other_seed = a_run([], implementation=epoch_runs.OTHER_SEED).variant
+    assert epoch_runs.new_shapes(recipe, options, other_seed, chosen, 0, 2) == []
+    assert epoch_runs.new_shapes(recipe, Options(), variants[0], chosen, 0, 2) == []
 
 
 def test_epoch_seconds():

@@ -15,7 +15,11 @@ variant's turn comes; the report's loader_utilisation tells if they could keep i
 how long a step waited for its batch.
 
 `--batches=N` takes N of the epoch's own batches, evenly spaced from the shortest to the longest,
-and estimates the epoch from them; `--full` takes all.
+and estimates the epoch from them; `--full` takes all. At a batch whose number of utterances and
+length PyTorch has not met before, its libraries choose their kernels, which takes long. Most of an
+epoch's batches share theirs with others, so a sample is timed at its second time and later, and the
+estimate has the epoch's shapes times what a step takes longer at a new one; that is measured last,
+with new batches for each variant, since all of a process share what was chosen.
 
 No ratio is printed, and the exit status is 1, unless
 
@@ -238,8 +242,11 @@ def measure(report, recipe, arguments, options, chosen):
     agreement = report["checks"]["agreement"]
     to_agree = {v.cell for group in groups for v in group if is_ours(v.implementation)}
     to_agree -= agreement.keys()
-    plans = (epoch_runs.plan_of_run(recipe, options, v, chosen) for group in groups for v in group)
-    total = 3 * AGREEMENT_STEPS * len(to_agree) + sum(map(len, plans))
+    total = 3 * AGREEMENT_STEPS * len(to_agree) + sum(
+        steps_of(recipe, options, group, chosen, turn)
+        for group in groups
+        for turn in range(len(group))
+    )
     if report["loader"] is None:
         report["loader"] = {
             "processes": loader_options(recipe.loader_options, recipe.device)["num_workers"],
@@ -257,12 +264,12 @@ def measure(report, recipe, arguments, options, chosen):
             progress.set_title(f"{cell} {precision}")
             if options.isolate:
                 runs = []
-                for variant in variants:
+                for turn, variant in enumerate(variants):
                     run = epoch_runs.in_own_process(
                         epoch_runs.time_alone, arguments, options, variant, variants[0]
                     )
                     runs.append(run)
-                    progress.update(len(epoch_runs.plan_of_run(recipe, options, variant, chosen)))
+                    progress.update(steps_of(recipe, options, variants, chosen, turn))
             else:
                 runs = epoch_runs.time_variants(recipe, options, variants, chosen, progress)
             if "cuda" not in recipe.device:
@@ -273,6 +280,12 @@ def measure(report, recipe, arguments, options, chosen):
                         )
             add_group(report, recipe, options, chosen, runs)
             epoch_report.write(report, recipe.output_folder)
+
+
+def steps_of(recipe, options, variants, chosen, turn):
+    """How many steps one of the variants takes."""
+    variant, turns = variants[turn], len(variants)
+    return len(epoch_runs.plan_of_run(recipe, options, variant, chosen, turn, turns))
 
 
 def make_variants(recipe, options, cell, precision):
@@ -298,6 +311,10 @@ def add_group(report, recipe, options, chosen, runs):
     for run in runs:
         variant = run.variant
         estimate, interval = epoch_seconds(run.seconds, options.passes, padded, padded_in_epoch)
+        if run.new_shape is not None:
+            first_times = recipe.count_shapes() * run.new_shape
+            estimate += first_times
+            interval = tuple(bound + first_times for bound in interval)
         curves[variant.implementation] = run.losses
         seconds[variant.implementation] = estimate
         report["variants"].append(
@@ -310,6 +327,7 @@ def add_group(report, recipe, options, chosen, runs):
                 "losses": run.losses,
                 "batches_sha256": digest,
                 "warm_up_seconds": run.warm_up,
+                "new_shape_seconds": run.new_shape,
                 "peak_memory_bytes": run.peak_memory,
                 "joules": run.joules,
                 "loader_wait": sum(run.waits) / sum(run.seconds),
@@ -368,6 +386,7 @@ def describe(recipe, arguments, options, chosen):
             "source": recipe.source,
             "io": recipe.io,
             "batches_in_epoch": len(recipe.plan),
+            "shapes_in_epoch": recipe.count_shapes(),
             "audio_seconds_in_epoch": sum(map(recipe.audio_seconds, recipe.plan)),
             "batches": len(chosen),
             "passes": options.passes,

@@ -52,6 +52,7 @@ class Recipe:
     io: str
     plan: list  # the epoch's batches: lists of indices into `data`
     loader_options: dict
+    speeds: int  # that speed perturbation chooses from
     device: str
 
     @property
@@ -70,6 +71,18 @@ class Recipe:
     def longest(self, batch):
         """Seconds of the longest utterance of a batch."""
         return max(self._durations(batch))
+
+    def shape(self, batch):
+        """Utterances, and frames of the longest: what PyTorch's libraries choose their kernels by.
+
+        Before augmentation.
+        """
+        return len(batch), round(1000 * self.longest(batch)) // self.hparams["hop_length"]
+
+    def count_shapes(self):
+        """Of the epoch; with speed perturbation as many times that as there are speeds, at most."""
+        shapes = len({self.shape(batch) for batch in self.plan})
+        return min(len(self.plan), shapes * self.speeds)
 
     def _durations(self, batch):
         return [self.data.data[self.data.data_ids[index]]["duration"] for index in batch]
@@ -139,6 +152,7 @@ def load_recipe(arguments, options, hold=False):
             io=io,
             plan=[list(batch) for batch in sampler],
             loader_options=loader_options,
+            speeds=len(hparams["speed_perturb"].speeds) if hparams["enable_speed_perturb"] else 1,
             device=run_opts.device or infer_device(),
         )
 

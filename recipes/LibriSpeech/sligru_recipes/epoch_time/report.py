@@ -7,7 +7,9 @@ Keys of report.json:
     machine             device, cpu, threads, gpu and its driver (null on a CPU)
     settings            arguments (of the recipe), options (of the comparison), recipe, batch,
                         augmentations, seed
-    data                source, io (how audio is read), batches_in_epoch, audio_seconds_in_epoch,
+    data                source, io (how audio is read), batches_in_epoch, shapes_in_epoch (numbers
+                        of utterances and frames that differ; of perturbed speeds an upper bound),
+                        audio_seconds_in_epoch,
                         batches (taken of them), passes; of the batches taken: audio_seconds,
                         padded_seconds, longest_utterances (seconds, one a batch)
     loader              processes (0: batches are loaded between the steps), seconds_per_batch (in
@@ -24,7 +26,9 @@ Keys of report.json:
                         confidence interval of epoch_seconds where the epoch was sampled; lowest and
                         highest pass where it was not), step_seconds, losses (both one a step),
                         batches_sha256 (of utterance IDs and samples), warm_up_seconds (of steps
-                        on the longest batch, before), peak_memory_bytes, joules (of the timed
+                        on the longest batch, before), new_shape_seconds (that a step takes longer
+                        at a new shape; in epoch_seconds once for each; null where all batches were
+                        taken), peak_memory_bytes, joules (of the timed
                         steps; both null: not measured), loader_wait (share of the timed steps'
                         seconds in which they waited for their batches), loader_utilisation (1: its
                         processes could just keep it up), breakdown_ms (phase -> ms a step),

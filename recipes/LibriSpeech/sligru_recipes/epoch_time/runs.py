@@ -39,6 +39,7 @@ WEIGHT_MOVE = 1e-7  # relative: about what rounding does
 OTHER_SEED = "stock, other seed"  # an implementation
 WARM_UP_STEPS = 2
 BREAKDOWN_STEPS = 4
+NEW_SHAPES = 4  # batches that a variant meets for the first time, timed
 LOADED_BATCHES = 4  # how many are loaded to time that alone
 BLOCKS_PER_PASS = 4
 
@@ -79,6 +80,7 @@ class Run:
     warm_up: list = dataclasses.field(default_factory=list)  # seconds
     peak_memory: int | None = None  # bytes
     joules: float | None = None  # of the timed steps
+    new_shape: float | None = None  # seconds that a step takes longer at a new shape
     breakdown: dict = dataclasses.field(default_factory=dict)  # phase -> ms a step
     overhead: float | None = None  # of measuring the breakdown, relative
 
@@ -282,15 +284,31 @@ def energy_counter(device):
 # ---- timing
 
 
-def plan_of_run(recipe, options, variant, chosen):
-    """All batches of a variant: to warm up, to be timed, and for the breakdown."""
+def plan_of_run(recipe, options, variant, chosen, turn=0, turns=1):
+    """All batches of a variant: to warm up, to be timed, for the breakdown, and of new shapes."""
     warm_up = [longest_batch(recipe)] * WARM_UP_STEPS
+    if options.batches is not None:
+        warm_up += chosen
     marked = [] if variant.for_spread else spread(recipe, chosen, BREAKDOWN_STEPS)
-    return warm_up + chosen * options.passes + marked
+    new = new_shapes(recipe, options, variant, chosen, turn, turns)
+    return warm_up + chosen * options.passes + marked + 2 * new
 
 
-def warm_up(recipe, variant, batches, progress, weights=None):
-    """Start a Run and train on the longest batch: also for the peak memory on a GPU.
+def new_shapes(recipe, options, variant, chosen, turn, turns):
+    """Batches of shapes that no variant has met before: for each in turn other ones."""
+    if options.batches is None or variant.for_spread:
+        return []
+    seen = {recipe.shape(batch) for batch in [longest_batch(recipe), *chosen]}
+    new = {recipe.shape(batch): batch for batch in recipe.plan}
+    new = [batch for shape, batch in new.items() if shape not in seen]
+    return spread(recipe, new, min(len(new), turns * NEW_SHAPES))[turn::turns]
+
+
+def warm_up(recipe, options, variant, batches, chosen, progress, weights=None):
+    """Start a Run and train on the longest batch, which has the peak memory on a GPU.
+
+    Then, where the epoch is sampled, once on all that will be timed: most batches of an epoch have
+    the shape of others before them.
 
     Returns
     -------
@@ -307,6 +325,8 @@ def warm_up(recipe, variant, batches, progress, weights=None):
     run.warm_up, *_ = train(run, WARM_UP_STEPS, progress)
     if on_gpu:
         run.peak_memory = torch.cuda.max_memory_allocated(recipe.device) - before
+    if options.batches is not None:
+        train(run, len(chosen), progress)
     return run, weights
 
 
@@ -343,17 +363,29 @@ def break_down(run, recipe, chosen, progress):
     run.overhead = sum(seconds) / unmarked - 1
 
 
+def meet_new_shapes(run, count, progress):
+    """Time `count` batches of new shapes and then the same again."""
+    if not count:
+        return
+    compared = len(run.batches)
+    (first, *_), (again, *_) = (train(run, count, progress) for _ in range(2))
+    del run.batches[compared:]
+    run.new_shape = max(0.0, (sum(first) - sum(again)) / count)
+
+
 def time_variants(recipe, options, variants, chosen, progress):
     """Time the variants of one RNN and precision in turn; returns the finished Runs."""
     runs, weights = [], None
     with tf32(variants[0].precision == "tf32"):
-        for variant in variants:
-            batches = plan_of_run(recipe, options, variant, chosen)
-            run, weights = warm_up(recipe, variant, batches, progress, weights)
+        for turn, variant in enumerate(variants):
+            batches = plan_of_run(recipe, options, variant, chosen, turn, len(variants))
+            run, weights = warm_up(recipe, options, variant, batches, chosen, progress, weights)
             runs.append(run)
         take_turns(runs, len(chosen), options.passes, progress)
-        for run in runs:
+        for turn, run in enumerate(runs):
             break_down(run, recipe, chosen, progress)
+            new = new_shapes(recipe, options, run.variant, chosen, turn, len(runs))
+            meet_new_shapes(run, len(new), progress)
     for run in runs:
         run.brain = run.loader = None
     return runs
@@ -370,9 +402,11 @@ def time_alone(arguments, options, variant, first):
         batches = plan_of_run(recipe, options, variant, chosen)
         progress = tqdm(disable=True)
         weights = initial_weights(start_run(recipe, first, batches))
-        run, _ = warm_up(recipe, variant, batches, progress, weights)
+        run, _ = warm_up(recipe, options, variant, batches, chosen, progress, weights)
         take_turns([run], len(chosen), options.passes, progress)
         break_down(run, recipe, chosen, progress)
+        new = new_shapes(recipe, options, variant, chosen, turn=0, turns=1)
+        meet_new_shapes(run, len(new), progress)
     run.brain = run.loader = None
     return run
 

@@ -109,8 +109,8 @@ def paragraphs(report, style):
     if report["ratios"] and not report["refused"]:
         parts.insert(0, headline(report))
     if report["variants"]:
-        parts += [_times_table(report, style), _phases_text(report), _phases_table(report, style)]
-        parts += _late_loaders(report)
+        parts += [_times_table(report, style), *_new_shapes_text(report)]
+        parts += [_phases_text(report), _phases_table(report, style), *_late_loaders(report)]
     if report["interrupted"]:
         parts.append("Stopped before all RNNs and precisions were done; --resume goes on.")
     return [*parts, verdict(report)]
@@ -228,6 +228,22 @@ def _times_table(report, style):
         *("loader wait, %", "loader busy, %", "warm-up s/step", "last losses"),
     ]
     return tabulate(rows, headers, tablefmt=style, disable_numparse=True)
+
+
+def _new_shapes_text(report):
+    """A paragraph about the first batch of each shape, where its cost was measured."""
+    found = {
+        f"{v['cell']} {v['precision']} {v['implementation']}": v["new_shape_seconds"]
+        for v in timed_variants(report)
+        if v["new_shape_seconds"] is not None
+    }
+    if found:
+        longer = ", ".join(f"{1000 * value:.0f} ms ({name})" for name, value in found.items())
+        yield (
+            "A batch whose number of utterances or frames is new takes longer, as PyTorch's "
+            f"libraries choose their kernels: {longer}. The estimates have that "
+            f"{report['data']['shapes_in_epoch']} times, once for each such shape of the epoch."
+        )
 
 
 def _phases_text(report):
