@@ -31,6 +31,8 @@ from .ops._backends import choose, warn_once
 
 __all__ = ["CRDNN", "build"]
 
+CHANNELS_OF_ONE = 8  # of the features on a GPU: 16 bytes of a 16-bit dtype, what tensor cores read
+
 
 class CRDNN(stock.CRDNN):
     """CNN, RNN and DNN, a replacement of :class:`speechbrain.lobes.models.CRDNN.CRDNN`.
@@ -171,11 +173,18 @@ class CRDNN(stock.CRDNN):
         steps = self._steps()
         _check(x, steps)
         x = (x.unsqueeze(3) if x.ndim == 3 else x).permute(0, 3, 1, 2)
-        x = F.pad(x, (1, 1, 1, 1), mode="reflect").permute(0, 2, 3, 1).contiguous()
+        x = F.pad(x, (1, 1, 1, 1), mode="reflect").permute(0, 2, 3, 1)
+        # One channel lies as in either layout, and cuDNN's backward then takes the other one, with
+        # copies of all that is large. Channels of zeros make it plain.
+        zeros = (0, CHANNELS_OF_ONE - 1) if x.is_cuda and x.shape[3] == 1 else (0, 0)
+        x = F.pad(x, zeros).contiguous()
         for step in steps:
+            weight = step.conv.weight
+            if step is steps[0]:
+                weight = F.pad(weight, (0, 0, 0, 0, *zeros))
             # Weights are [out, in, F, T], the convolution is over [B, channels, T, F]: both here as
             # views of tensors whose channels lie next to each other.
-            weight = step.conv.weight.transpose(2, 3).contiguous(memory_format=torch.channels_last)
+            weight = weight.transpose(2, 3).contiguous(memory_format=torch.channels_last)
             x = F.conv2d(x.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1)
             # Under autocast SpeechBrain's LayerNorm returns float32 on a GPU.
             dtype = x.dtype

@@ -5,6 +5,8 @@ import functools
 import pytest
 import torch
 
+from sb_fast_sligru import machine
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
@@ -16,6 +18,13 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(20231)
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Importing SpeechBrain turns TF32 on, which would hide errors of float32."""
+    with machine.tf32(False):
+        yield
 
 
 @pytest.fixture(scope="module")

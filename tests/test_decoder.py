@@ -15,7 +15,7 @@ from speechbrain.nnet.linear import Linear
 from torch.nn.utils import parametrizations
 
 import sb_fast_sligru
-from sb_fast_sligru import decoder, machine
+from sb_fast_sligru import decoder
 from sb_fast_sligru.ops import _backends
 from sb_fast_sligru.reference import relative_error
 
@@ -64,12 +64,6 @@ OTHERS = {
     "rnn": ({"rnn_type": "rnn"}, "rnn_type of the decoder is rnn"),
     "two-layers": ({"num_layers": 2, "dropout": 0.0}, "num_layers of the decoder is 2"),
 }
-
-
-@pytest.fixture(autouse=True)
-def exact_fp32_products():
-    with machine.tf32(False):
-        yield
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import sb_fast_sligru
-from sb_fast_sligru import machine
 from sb_fast_sligru.ops import _backends
 from sb_fast_sligru.reference import relative_error
 
@@ -61,13 +60,6 @@ CASES = [
 either_device = pytest.mark.parametrize("device", DEVICES)
 either_cell = pytest.mark.parametrize("cell", CELLS)
 either_direction = pytest.mark.parametrize("bidirectional", [False, True], ids=["uni", "bi"])
-
-
-@pytest.fixture(autouse=True)
-def exact_fp32_products():
-    """Importing SpeechBrain turns TF32 on, which would hide errors of float32."""
-    with machine.tf32(False):
-        yield
 
 
 def arguments_of(cell, option):

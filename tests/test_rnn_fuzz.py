@@ -8,8 +8,6 @@ from fuzz import draw_cases
 from speechbrain.nnet.RNN import LiGRU_Layer, SLiGRU_Layer
 from test_rnn import build_pair, run, share_masks
 
-from sb_fast_sligru import machine
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = {"cpu": 250, "cuda": 500}
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.slow])]
@@ -103,9 +101,3 @@ def test_random_networks(capsys, device):
             assert error <= bound or math.isnan(scale), f"{name}: {error:.1e} > {bound:.1e}"
         layers += arguments["num_layers"]
     assert layers > CASES[device] / 2
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    with machine.tf32(False):
-        yield

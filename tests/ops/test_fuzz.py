@@ -9,7 +9,7 @@ import pytest
 import torch
 from fuzz import draw_cases
 
-from sb_fast_sligru import backend, machine, ops, reference
+from sb_fast_sligru import backend, ops, reference
 
 NAMES = ("wx", "u", "h0", "ln_weight", "ln_bias")  # of what has a gradient
 LOW_PRECISIONS = [
@@ -22,13 +22,7 @@ LOW_PRECISIONS = [
 LOW_PRECISION_NAMES = ["float32", "bfloat16", "float16", "autocast-bfloat16", "autocast-float16"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def exact_products_on_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with machine.tf32(False):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # tensors are small
 
 
 # ---- drawing
@@ -238,7 +232,9 @@ def assert_spoiled_layer(random, name, device, dtype, only_nan, **sizes):
     describe(arguments, spoiled, dtype)
     h = run(name, arguments, None, [], device, dtype)["h"]
     expected = run("reference", arguments, None, [], device, dtype)["h"]
-    assert h[expected.isnan()].isfinite().sum() == 0
+    # A 16-bit loop makes more: of infinity times what it has rounded to zero.
+    exact = run("reference", arguments, None, [], device)["h"]
+    assert h[expected.isnan() & exact.isnan()].isfinite().sum() == 0
     if only_nan:
         assert torch.equal(h.isnan(), expected.isnan())
     bound = {torch.float64: 1e-9, torch.float32: 1e-2}.get(dtype)

@@ -62,14 +62,7 @@ each_direction = pytest.mark.parametrize("bidirectional", [False, True], ids=["u
 NAMES = ("wx", "u", "h0", "ln_weight", "ln_bias")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def exact_products_on_one_thread():
-    """Without TF32; on tensors this small CPU threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with machine.tf32(False):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # tensors are small
 
 
 def make_inputs(shape, option, bidirectional=False):
