@@ -31,6 +31,7 @@ from .ops._backends import choose, warn_once
 
 __all__ = ["CRDNN", "build"]
 
+FRAMES_STEP = 32  # lengths on a GPU: cuDNN chooses its kernels anew, for milliseconds, at each
 CHANNELS_OF_ONE = 8  # of the features on a GPU: 16 bytes of a 16-bit dtype, what tensor cores read
 
 
@@ -173,11 +174,12 @@ class CRDNN(stock.CRDNN):
         steps = self._steps()
         _check(x, steps)
         x = (x.unsqueeze(3) if x.ndim == 3 else x).permute(0, 3, 1, 2)
+        frames = x.shape[2]
         x = F.pad(x, (1, 1, 1, 1), mode="reflect").permute(0, 2, 3, 1)
         # One channel lies as in either layout, and cuDNN's backward then takes the other one, with
         # copies of all that is large. Channels of zeros make it plain.
         zeros = (0, CHANNELS_OF_ONE - 1) if x.is_cuda and x.shape[3] == 1 else (0, 0)
-        x = F.pad(x, zeros).contiguous()
+        x = F.pad(x, (*zeros, 0, 0, 0, _rows(x, frames + 2) - frames - 2)).contiguous()
         for step in steps:
             weight = step.conv.weight
             if step is steps[0]:
@@ -203,7 +205,10 @@ class CRDNN(stock.CRDNN):
                 pool_frequency=step.pool[1],
                 halo=not last,
                 out_dtype=dtype if last else x.dtype,
+                frames=frames,
+                out_frames=0 if last else _rows(x, frames // step.pool[0] + 2),
             )
+            frames //= step.pool[0]
         return x
 
     def _draw_mask(self, step, x, dtype):
@@ -217,6 +222,11 @@ class CRDNN(stock.CRDNN):
             x.shape[0], x.shape[2] // step.pool[1], 1, 1, dtype=dtype, device=x.device
         )
         return step.drop(ones).flatten(1)
+
+
+def _rows(x, frames):
+    """How many frames a convolution is given where `frames` count."""
+    return -(-frames // FRAMES_STEP) * FRAMES_STEP if x.is_cuda else frames
 
 
 def build(crdnn_class, **arguments):

@@ -145,6 +145,14 @@ def test_equals_speechbrain(arguments, sizes, training, name):
     assert_same(actual, run(theirs, x))
 
 
+@each_case
+def test_lengths_rounded_up_as_on_a_gpu(arguments, sizes, monkeypatch):
+    monkeypatch.setattr(crdnn, "_rows", lambda x, frames: -(-frames // 8) * 8)
+    theirs, ours = build_pair(**arguments)
+    x = make_input(theirs, sizes)
+    assert_same(run(ours, x), run(theirs, x))
+
+
 @pytest.mark.gpu
 @each_case
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kMostThreads)
 
   for (int64_t group = blockIdx.x; group < layer.groups(); group += gridDim.x) {
     const int64_t batch = group / times, t = group % times;
-    const int64_t first = batch * layer.time + t * frames;  // of its frames
+    const int64_t first = batch * layer.x_time + t * frames;  // of its frames
     const X* x = static_cast<const X*>(layer.x) + first * N;
     X* grad_x = p.grad_x == nullptr ? nullptr : static_cast<X*>(p.grad_x) + first * N;
     const float2* statistics = static_cast<const float2*>(p.statistics) + group * frames;
@@ -197,8 +197,8 @@ __global__ void __launch_bounds__(kMostThreads)
         }
     }
 
-    if (t == times - 1 && grad_x != nullptr) {  // frames that fill no window
-      for (int64_t k = frames; first + k < (batch + 1) * layer.time; k++)
+    if (t == times - 1 && grad_x != nullptr) {  // frames that fill no window or do not count
+      for (int64_t k = frames; first + k < (batch + 1) * layer.x_time; k++)
 #pragma unroll
         for (int i = 0; i < kItems; i++)
 #pragma unroll

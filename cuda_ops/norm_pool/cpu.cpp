@@ -79,7 +79,7 @@ SLIGRU_HD void forward_range(const Forward& p, int64_t begin, int64_t end) {
   for (int64_t group = begin; group < end; ++group) {
     const int64_t row = group / TP, t = group % TP;
     for (int64_t k = 0; k < d.pool_time; ++k) {
-      const T* x = at<T>(d.x, (row * d.time + t * d.pool_time + k) * N);
+      const T* x = at<T>(d.x, (row * d.x_time + t * d.pool_time + k) * N);
       const Statistics<T> s = statistics_of(x, bias, N, d.eps);
       T* saved = at<T>(p.statistics, (group * d.pool_time + k) * 2);
       saved[0] = s.mean;
@@ -114,6 +114,11 @@ SLIGRU_HD void forward_range(const Forward& p, int64_t begin, int64_t end) {
           std::copy(best, best + C, out);
         }
       }
+    }
+    if (t == TP - 1) {  // frames that are none of its own
+      const int64_t frame = d.out_frequencies() * C;
+      std::fill(at<T>(p.out, (row * d.out_time() + d.own_out_time()) * frame),
+                at<T>(p.out, (row + 1) * d.out_time() * frame), T(0));
     }
   }
 }
@@ -167,7 +172,7 @@ SLIGRU_HD void find_winners(const NormPool& d, int64_t row, int64_t t, const T* 
                             const Workspace<T>& w) {
   const int64_t N = d.values(), C = d.channels, FP = d.pooled_frequencies();
   for (int64_t k = 0; k < d.pool_time; ++k) {
-    activate(d, at<T>(d.x, (row * d.time + t * d.pool_time + k) * N), w.bias,
+    activate(d, at<T>(d.x, (row * d.x_time + t * d.pool_time + k) * N), w.bias,
              {statistics[2 * k], statistics[2 * k + 1]}, w.a);
     for (int64_t f = 0; f < FP; ++f) {
       T* best = w.largest + f * C;
@@ -260,13 +265,13 @@ SLIGRU_HD void backward_range(const Backward& p, int64_t begin, int64_t end) {  
       for (int64_t f = 0; f < FP; ++f) gather_gradient(p, row, t, f, w.g + f * C);
       if (d.window() > 1) find_winners(d, row, t, statistics, w);
       for (int64_t k = 0; k < d.pool_time; ++k) {
-        const int64_t frame = row * d.time + t * d.pool_time + k;
+        const int64_t frame = row * d.x_time + t * d.pool_time + k;
         backward_frame(p, at<T>(d.x, frame * N), {statistics[2 * k], statistics[2 * k + 1]}, k, w,
                        bias_sums, weight_sums, shift_sums, at<T>(p.grad_x, frame * N));
       }
-      if (t == TP - 1 && p.grad_x != nullptr) {  // frames that fill no window
-        std::fill(at<T>(p.grad_x, (row * d.time + TP * d.pool_time) * N),
-                  at<T>(p.grad_x, (row + 1) * d.time * N), T(0));
+      if (t == TP - 1 && p.grad_x != nullptr) {  // frames that fill no window or do not count
+        std::fill(at<T>(p.grad_x, (row * d.x_time + TP * d.pool_time) * N),
+                  at<T>(p.grad_x, (row + 1) * d.x_time * N), T(0));
       }
     }
   }

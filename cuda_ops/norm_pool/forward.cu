@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kMostThreads)
   load(static_cast<const float*>(layer.bias) + mine.channel, bias);
   float largest[kItems][kVector];
 
-  const X* x = static_cast<const X*>(layer.x) + (batch * layer.time + t * frames) * N;
+  const X* x = static_cast<const X*>(layer.x) + (batch * layer.x_time + t * frames) * N;
   for (int k = 0; k < frames; k++, x += N) {
     float value[kItems][kPool][kVector];
     float sum = 0.f;
@@ -100,6 +100,12 @@ __global__ void __launch_bounds__(kMostThreads)
       }
     }
   }
+
+  // Frames that are none of its own, each by the block of another group.
+  const int64_t frame = layer.out_frequencies() * layer.channels;
+  for (int64_t to_t = layer.own_out_time() + t; to_t < layer.out_time(); to_t += times)
+    for (int64_t i = threadIdx.x; i < frame; i += blockDim.x)
+      out[to_t * frame + i] = narrow<Out>(0.f);
 }
 
 }  // namespace

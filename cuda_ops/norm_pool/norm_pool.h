@@ -20,6 +20,9 @@
 // after pooling, rounded down. With a halo the output has a row and a column more on each side, which
 // mirror those next to the border, as "reflect" padding does; their gradients go back to those. All
 // tensors are contiguous. "acc" is double for double and float for everything else.
+//
+// So that a convolution's sizes need not change with every length, x may have more frames than count
+// (x_time; the gradient of those is zero) and the output more than it has (out_time; zeros).
 #pragma once
 
 #include <algorithm>
@@ -30,6 +33,8 @@ namespace sb_fast_sligru::norm_pool {
 
 struct NormPool {
   int64_t batch, time, frequencies, channels;
+  int64_t x_time;          // of x, at least time
+  int64_t least_out_time;  // of the output
   int64_t pool_time, pool_frequency;
   bool halo;
   double eps, slope;
@@ -37,7 +42,7 @@ struct NormPool {
   DType x_type;    // of x and of its gradient
   DType out_type;  // of the output and of its gradient
 
-  const void* x;          // [B, T, F, C] of x_type
+  const void* x;          // [B, x_time, F, C] of x_type
   const void* bias;       // [C] acc
   const void* ln_weight;  // [F, C] acc
   const void* ln_bias;    // [F, C] acc
@@ -50,7 +55,10 @@ struct NormPool {
   SLIGRU_HD int64_t groups() const { return batch * pooled_time(); }
   SLIGRU_HD int64_t window() const { return pool_time * pool_frequency; }
   // Of the output, halo included.
-  SLIGRU_HD int64_t out_time() const { return pooled_time() + 2 * halo; }
+  SLIGRU_HD int64_t own_out_time() const { return pooled_time() + 2 * halo; }
+  SLIGRU_HD int64_t out_time() const {
+    return own_out_time() > least_out_time ? own_out_time() : least_out_time;
+  }
   SLIGRU_HD int64_t out_frequencies() const { return pooled_frequencies() + 2 * halo; }
 };
 
@@ -66,7 +74,7 @@ SLIGRU_HD int64_t position(int64_t i, int64_t size, bool halo, int copy) {
 
 struct Forward {
   NormPool layer;
-  void* out;         // [B, T' (+ 2), F' (+ 2), C] of out_type
+  void* out;         // [B, out_time, F' (+ 2), C] of out_type
   void* statistics;  // [B, T', pool_time, 2] acc: mean, rstd
 };
 
@@ -76,7 +84,7 @@ struct Backward {
   NormPool layer;
   const void* grad_out;    // as Forward's out
   const void* statistics;  // as Forward's
-  void* grad_x;            // [B, T, F, C] of x_type, or null if not wanted
+  void* grad_x;            // [B, x_time, F, C] of x_type, or null if not wanted
   int64_t parts;
   void* bias_sums;       // [parts, C] acc
   void* ln_weight_sums;  // [parts, F, C] acc

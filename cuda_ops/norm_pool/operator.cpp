@@ -1,8 +1,8 @@
 // Library _C, operator norm_pool: its schemas, its CPU implementation, and the memory that
 // the CUDA kernels would use. Built against torch's stable ABI, as light_gru/operator.cpp is.
 //
-//   norm_pool           -> out [B, T', F', C] of out_dtype, more with a halo; statistics for the
-//                          backward
+//   norm_pool           -> out [B, T', F', C] of out_dtype, more with a halo or where out_frames
+//                          says so; statistics for the backward
 //   norm_pool_backward  -> gradients; empty where need_* is false
 //   norm_pool_shared_bytes  -> shared memory of a block of the CUDA kernels, 0 if they cannot take
 //                              such frames
@@ -48,13 +48,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sb_fast_sligru, m) {
   m.def(
       "norm_pool(Tensor x, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor? drop_mask, "
       "float eps, float negative_slope, int pool_time, int pool_frequency, bool halo, "
-      "ScalarType out_dtype) -> (Tensor out, Tensor statistics)");
+      "ScalarType out_dtype, int frames, int out_frames) -> (Tensor out, Tensor statistics)");
   m.def(
       "norm_pool_backward(Tensor grad_out, Tensor x, Tensor bias, Tensor ln_weight, "
       "Tensor ln_bias, Tensor? drop_mask, float eps, float negative_slope, int pool_time, "
-      "int pool_frequency, bool halo, ScalarType out_dtype, Tensor statistics, bool need_x, "
-      "bool need_parameters) -> (Tensor grad_x, Tensor grad_bias, Tensor grad_ln_weight, "
-      "Tensor grad_ln_bias)");
+      "int pool_frequency, bool halo, ScalarType out_dtype, int frames, int out_frames, "
+      "Tensor statistics, bool need_x, bool need_parameters) -> (Tensor grad_x, "
+      "Tensor grad_bias, Tensor grad_ln_weight, Tensor grad_ln_bias)");
   m.def(
       "norm_pool_shared_bytes(ScalarType dtype, int frequencies, int channels, int pool_frequency) "
       "-> int");

@@ -15,13 +15,16 @@ struct Inputs {
   int64_t pool_time, pool_frequency;
   bool halo;
   ScalarType out_type;
+  int64_t frames, out_frames;
 
   ScalarType acc_type() const { return accumulation_type(x.scalar_type()); }
 
   NormPool layer() const {
     NormPool layer = {};
     layer.batch = x.size(0);
-    layer.time = x.size(1);
+    layer.time = frames;
+    layer.x_time = x.size(1);
+    layer.least_out_time = out_frames;
     layer.frequencies = x.size(2);
     layer.channels = x.size(3);
     layer.pool_time = pool_time;
@@ -74,7 +77,7 @@ inline Tensor checked(const char* name, const Tensor& t, std::vector<int64_t> si
 inline Inputs check_inputs(const Tensor& x, const Tensor& bias, const Tensor& ln_weight,
                            const Tensor& ln_bias, OptionalTensor drop_mask, double eps,
                            double negative_slope, int64_t pool_time, int64_t pool_frequency,
-                           bool halo, ScalarType out_type) {
+                           bool halo, ScalarType out_type, int64_t frames, int64_t out_frames) {
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "x: got ",
                   describe(x), ", expected [B, T, F, C]");
   const ScalarType type = x.scalar_type(), acc = accumulation_type(type);
@@ -85,12 +88,14 @@ inline Inputs check_inputs(const Tensor& x, const Tensor& bias, const Tensor& ln
                   torch::headeronly::toString(out_type), " beside x of ",
                   torch::headeronly::toString(type));
   const int64_t B = x.size(0), F = x.size(2), C = x.size(3);
+  STD_TORCH_CHECK(frames >= 1 && frames <= x.size(1), "frames: got ", frames, ", expected 1 to ",
+                  x.size(1), ", those of x");
   auto check_pool = [&](const char* name, int64_t pool, int64_t size) {
     STD_TORCH_CHECK(pool >= 1, name, ": got ", pool, ", expected 1 or more");
     STD_TORCH_CHECK(size / pool >= (halo ? 2 : 1), "x: got ", describe(x), ", too small for ", name,
                     " = ", pool, halo ? " and a halo" : "");
   };
-  check_pool("pool_time", pool_time, x.size(1));
+  check_pool("pool_time", pool_time, frames);
   check_pool("pool_frequency", pool_frequency, F);
   Inputs in{torch::stable::contiguous(x),
             checked("bias", bias, {C}, x, acc),
@@ -102,7 +107,9 @@ inline Inputs check_inputs(const Tensor& x, const Tensor& bias, const Tensor& ln
             pool_time,
             pool_frequency,
             halo,
-            out_type};
+            out_type,
+            frames,
+            out_frames};
   if (drop_mask) in.drop_mask = checked("drop_mask", *drop_mask, {B, F / pool_frequency}, x, acc);
   return in;
 }
@@ -171,20 +178,21 @@ struct Operator {
   static Outputs forward(const Tensor& x, const Tensor& bias, const Tensor& ln_weight,
                          const Tensor& ln_bias, OptionalTensor drop_mask, double eps,
                          double negative_slope, int64_t pool_time, int64_t pool_frequency,
-                         bool halo, ScalarType out_dtype) {
+                         bool halo, ScalarType out_dtype, int64_t frames, int64_t out_frames) {
     return Implementation::forward(check_inputs(x, bias, ln_weight, ln_bias, std::move(drop_mask),
                                                 eps, negative_slope, pool_time, pool_frequency,
-                                                halo, out_dtype));
+                                                halo, out_dtype, frames, out_frames));
   }
 
   static Gradients backward(const Tensor& grad_out, const Tensor& x, const Tensor& bias,
                             const Tensor& ln_weight, const Tensor& ln_bias,
                             OptionalTensor drop_mask, double eps, double negative_slope,
                             int64_t pool_time, int64_t pool_frequency, bool halo,
-                            ScalarType out_dtype, const Tensor& statistics, bool need_x,
-                            bool need_parameters) {
-    const Inputs in = check_inputs(x, bias, ln_weight, ln_bias, std::move(drop_mask), eps,
-                                   negative_slope, pool_time, pool_frequency, halo, out_dtype);
+                            ScalarType out_dtype, int64_t frames, int64_t out_frames,
+                            const Tensor& statistics, bool need_x, bool need_parameters) {
+    const Inputs in =
+        check_inputs(x, bias, ln_weight, ln_bias, std::move(drop_mask), eps, negative_slope,
+                     pool_time, pool_frequency, halo, out_dtype, frames, out_frames);
     return Implementation::backward(in, check_saved(in, grad_out, statistics),
                                     Needs{need_x, need_parameters});
   }

@@ -92,6 +92,8 @@ def norm_pool(
     pool_frequency=1,
     halo=False,
     out_dtype=None,
+    frames=None,
+    out_frames=0,
 ):
     """LayerNorm, LeakyReLU, max-pooling and dropout of a convolution's output.
 
@@ -123,11 +125,15 @@ def norm_pool(
         border. T' and F' must then be at least 2.
     out_dtype : torch.dtype, optional
         x's, which is the default, or float32.
+    frames : int, optional
+        T, where x has more frames than count: the others are not read, and their gradient is 0.
+    out_frames : int
+        How many frames the output has at least, its halo included; those beyond its own are 0.
 
     Returns
     -------
     out : torch.Tensor
-        [B, T', F', C], or [B, T' + 2, F' + 2, C] with a halo.
+        [B, T', F', C], or [B, T' + 2, F' + 2, C] with a halo; more frames by `out_frames`.
 
     Raises
     ------
@@ -152,7 +158,7 @@ def norm_pool(
         "drop_mask": drop_mask,
     }
     out_dtype = x.dtype if out_dtype is None else out_dtype
-    _check(tensors, pool_time, pool_frequency, halo, out_dtype)
+    _check(tensors, pool_time, pool_frequency, halo, out_dtype, frames, out_frames)
     options = {
         "eps": float(eps),
         "negative_slope": float(negative_slope),
@@ -160,6 +166,8 @@ def norm_pool(
         "pool_frequency": pool_frequency,
         "halo": halo,
         "out_dtype": out_dtype,
+        "frames": x.shape[1] if frames is None else frames,
+        "out_frames": out_frames,
     }
     name, reason = choose_norm_pool_backend(x.device, x.dtype, *x.shape[2:], pool_frequency)
     if name == "reference":
@@ -171,7 +179,7 @@ def norm_pool(
     return torch.ops.sb_fast_sligru.norm_pool(x, *parameters, *options.values())[0]
 
 
-def _check(tensors, pool_time, pool_frequency, halo, out_dtype):
+def _check(tensors, pool_time, pool_frequency, halo, out_dtype, frames, out_frames):
     """Raise ValueError for a bad argument."""
     x, drop_mask = tensors["x"], tensors["drop_mask"]
     for name, t in tensors.items():
@@ -198,8 +206,13 @@ def _check(tensors, pool_time, pool_frequency, halo, out_dtype):
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, T, F, C]")
     batch, time, frequencies, channels = x.shape
+    whole = (int, torch.SymInt)
+    if frames is not None and not (isinstance(frames, whole) and 1 <= frames <= time):
+        raise ValueError(f"frames: got {frames!r}, expected an int from 1 to {time}, those of x")
+    if not (isinstance(out_frames, whole) and out_frames >= 0):
+        raise ValueError(f"out_frames: got {out_frames!r}, expected an int from 0 on")
     for name, pool, size in (
-        ("pool_time", pool_time, time),
+        ("pool_time", pool_time, time if frames is None else frames),
         ("pool_frequency", pool_frequency, frequencies),
     ):
         if not isinstance(pool, int) or pool < 1:
@@ -230,7 +243,7 @@ def _check(tensors, pool_time, pool_frequency, halo, out_dtype):
 # ---- fake kernels (torch.compile) and autograd
 
 # Of the schemas in cuda_ops/norm_pool/operator.cpp: tensors, then options.
-_TENSORS, _OPTIONS = 5, 6
+_TENSORS, _OPTIONS = 5, 8
 
 
 def _norm_pool_fake(
@@ -245,10 +258,13 @@ def _norm_pool_fake(
     pool_frequency,
     halo,
     out_dtype,
+    frames,
+    out_frames,
 ):
-    batch, time, frequencies, channels = x.shape
-    time, frequencies, border = time // pool_time, frequencies // pool_frequency, 2 * halo
-    out = x.new_empty(batch, time + border, frequencies + border, channels, dtype=out_dtype)
+    batch, _, frequencies, channels = x.shape
+    time, frequencies, border = frames // pool_time, frequencies // pool_frequency, 2 * halo
+    out_time = torch.sym_max(time + border, out_frames)
+    out = x.new_empty(batch, out_time, frequencies + border, channels, dtype=out_dtype)
     return out, ln_weight.new_empty(batch, time, pool_time, 2)
 
 

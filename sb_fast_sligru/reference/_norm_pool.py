@@ -8,9 +8,11 @@ pooling and Dropout2d, whose masks drop whole frequencies):
     out = max of a over windows of pool_time frames and pool_frequency frequencies, times the mask
 
 With a halo, a row and a column more on each side that mirror those next to the border: the
-convolution that follows needs no padding of its own.
+convolution that follows needs no padding of its own. Only the first `frames` of x count, and the
+output has frames of zeros at its end until it has `out_frames`.
 """
 
+import torch
 import torch.nn.functional as F
 
 
@@ -27,11 +29,14 @@ def norm_pool(
     pool_frequency=1,
     halo=False,
     out_dtype=None,
+    frames=None,
+    out_frames=0,
 ):
     """Compute it on any device and dtype, differentiable any number of times.
 
     Arguments, results and layouts are those of `sb_fast_sligru.ops.norm_pool`, which checks them.
     """
+    x = x[:, :frames]
     dtype = ln_weight.dtype  # float32 beside a 16-bit x: the norm is computed in it
     z = F.layer_norm(x.to(dtype) + bias.to(dtype), ln_weight.shape, ln_weight, ln_bias, eps)
     out = F.leaky_relu(z, negative_slope).permute(0, 3, 1, 2)
@@ -41,4 +46,5 @@ def norm_pool(
         out = out * drop_mask.to(dtype)[:, None, None, :]
     if halo:
         out = F.pad(out, (1, 1, 1, 1), mode="reflect")
+    out = F.pad(out, (0, 0, 0, torch.sym_max(0, out_frames - out.shape[2])))
     return out.permute(0, 2, 3, 1).contiguous().to(x.dtype if out_dtype is None else out_dtype)

@@ -125,6 +125,27 @@ def assert_close(results, expected, bounds):
         assert error <= bound, f"{key}: relative error {error:.2e}, allowed {bound:.2e}"
 
 
+def with_frames_that_do_not_count(arguments, upstream, frames, out_frames):
+    """The same problem, x and the output longer by so many frames; what is in them is NaN."""
+
+    def longer(t, more):
+        return torch.nn.functional.pad(t, (0, 0, 0, 0, 0, more), value=math.nan)
+
+    lengths = {"frames": arguments["x"].shape[1], "out_frames": upstream.shape[1] + out_frames}
+    arguments = arguments | lengths | {"x": longer(arguments["x"], frames)}
+    return arguments, longer(upstream, out_frames)
+
+
+def without_those_frames(results, arguments):
+    """The results of the shorter problem; the others must be zeros."""
+    own = arguments["frames"] // arguments["pool_time"] + 2 * arguments["halo"]
+    results = dict(results)
+    for key, frames in (("out", own), ("grad of x", arguments["frames"])):
+        assert not results[key][:, frames:].any()
+        results[key] = results[key][:, :frames]
+    return results
+
+
 # ---- values
 
 
@@ -189,11 +210,25 @@ def test_random_calls(capsys, device):
         }
         upstream = make_upstream(shape).float().double()
         expected = run(arguments, upstream, name="reference")
+        longer, upstream = with_frames_that_do_not_count(
+            arguments, upstream, random.choice([0, 0, 1, 5]), random.choice([0, 0, 1, 40])
+        )
         exact = precision == "float64"
         dtypes = (torch.float64, None) if exact else PRECISIONS[precision]
         # Two values that are almost equal keep few digits of their difference.
         bound = 1e-9 if exact else 1e-3
-        assert_close(run(arguments, upstream, dtypes, device), expected, bound)
+        results = run(longer, upstream, dtypes, device)
+        assert_close(without_those_frames(results, longer), expected, bound)
+
+
+@each_shape_and_device
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_frames_that_do_not_count(shape, device, name):
+    arguments, upstream = make_inputs(shape), make_upstream(shape)
+    expected = run(arguments, upstream, name="reference")
+    arguments, upstream = with_frames_that_do_not_count(arguments, upstream, 3, 5)
+    results = run(arguments, upstream, (torch.float32, None), device, name)
+    assert_close(without_those_frames(results, arguments), expected, 1e-5)
 
 
 @each_device
@@ -311,7 +346,8 @@ def operator_arguments(arguments, out_dtype=torch.float64):
     """Positional arguments of the operator itself."""
     tensors = [arguments[key] for key in (*GIVEN, "drop_mask")]
     options = [arguments[key] for key in ("pool_time", "pool_frequency", "halo")]
-    return tensors, (1e-5, 0.01, *options, out_dtype)
+    lengths = arguments.get("frames", arguments["x"].shape[1]), arguments.get("out_frames", 0)
+    return tensors, (1e-5, 0.01, *options, out_dtype, *lengths)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 3, 1, 2, True), (1, 5, 2, 2, 2, 1, False)])
@@ -337,11 +373,12 @@ def test_gradients_nobody_wants_are_not_computed(trains, device):
         assert (inputs[key].grad is not None) == (key in trains)
         if key in trains:
             assert relative_error(inputs[key].grad, expected[f"grad of {key}"]) < 1e-5
-    tensors, options = operator_arguments(converted(arguments, torch.float32, device, ()))
-    out, statistics = torch.ops.sb_fast_sligru.norm_pool(*tensors, *options[:-1], torch.float32)
+    arguments = converted(arguments, torch.float32, device, ())
+    tensors, options = operator_arguments(arguments, torch.float32)
+    out, statistics = torch.ops.sb_fast_sligru.norm_pool(*tensors, *options)
     wanted = "x" in trains, any(key in trains for key in GIVEN[1:])
     gradients = torch.ops.sb_fast_sligru.norm_pool_backward(
-        torch.ones_like(out), *tensors, *options[:-1], torch.float32, statistics, *wanted
+        torch.ones_like(out), *tensors, *options, statistics, *wanted
     )
     assert [g.numel() > 0 for g in gradients] == [wanted[0]] + 3 * [wanted[1]]
 
@@ -419,10 +456,10 @@ def test_output_changed_in_place():
 
 
 @each_device
-@pytest.mark.parametrize("mask", [True, False])
-def test_opcheck(mask, device):
+@pytest.mark.parametrize("mask, longer", [(True, {}), (False, {"frames": 4, "out_frames": 7})])
+def test_opcheck(mask, longer, device):
     """Schema, fake kernel, autograd registration and tracing with dynamic shapes."""
-    arguments = converted(make_inputs(SMALL, mask), torch.float32, device, ())
+    arguments = converted(make_inputs(SMALL, mask, **longer), torch.float32, device, ())
     tensors, options = operator_arguments(arguments, torch.float32)
     out, statistics = torch.ops.sb_fast_sligru.norm_pool(*tensors, *options)
     for needs in ((True, True), (True, False), (False, True)):
@@ -439,7 +476,9 @@ def test_opcheck(mask, device):
 @each_device
 def test_compiles_in_one_graph_for_any_batch_and_length(device):
     def function(**arguments):
-        return ops.norm_pool(**arguments).square().sum()
+        time = arguments["x"].shape[1]
+        longer = {"frames": time - 1, "out_frames": time // 8 * 8}
+        return ops.norm_pool(**arguments, **longer).square().sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -492,6 +531,9 @@ BAD_ARGUMENTS = {
     "list": ({"bias": [0.0] * 4}, r"bias: got list, expected a torch.Tensor"),
     "device": ({"bias": torch.zeros(4, device="meta")}, r"bias: got device meta, expected cpu"),
     "out_dtype": ({"out_dtype": torch.float16}, r"out_dtype: got torch.float16, expected"),
+    "frames": ({"frames": 6}, r"frames: got 6, expected an int from 1 to 5, those of x"),
+    "too-few-frames": ({"frames": 2, "pool_time": 3}, r"at least 3 frames for pool_time=3"),
+    "out_frames": ({"out_frames": 1.5}, r"out_frames: got 1.5, expected an int from 0 on"),
 }
 
 
@@ -513,10 +555,12 @@ def test_bad_arguments_are_named(name, case):
         ({"pool_time": 0}, r"pool_time: got 0, expected 1 or more"),
         ({"pool_time": 3, "halo": True}, r"x: .* too small for pool_time = 3 and a halo"),
         ({"out_dtype": torch.float16}, r"out_dtype: got Half beside x of Float"),
+        ({"frames": 6}, r"frames: got 6, expected 1 to 5, those of x"),
     ],
 )
 def test_the_operator_itself_checks_its_arguments(changed, message):
     given = zeros(eps=1e-5, negative_slope=0.1, pool_time=1, halo=False, out_dtype=torch.float32)
+    given |= {"frames": 5, "out_frames": 0}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.sb_fast_sligru.norm_pool(**(given | changed))
 
