@@ -52,14 +52,19 @@ __device__ __forceinline__ SplitTf32 split_tf32(float x) {
   return {high, isinf(x) ? 0 : to_tf32(rest)};
 }
 
-// d += a b of float32 numbers.
+// d += a b of float32 numbers. Tensor cores cut off what does not fit into their sum instead of
+// rounding it, which in a long sum always pulls the same way: so they add up eight products, and
+// those sums are added elsewhere.
 __device__ __forceinline__ void multiply_split(float (&d)[4], const SplitTf32 (&a)[4],
                                                const SplitTf32& b0, const SplitTf32& b1) {
   const uint32_t high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
   const uint32_t low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
-  multiply_tf32(d, low, b0.high, b1.high);
-  multiply_tf32(d, high, b0.low, b1.low);
-  multiply_tf32(d, high, b0.high, b1.high);
+  float sum[4] = {};
+  multiply_tf32(sum, low, b0.high, b1.high);
+  multiply_tf32(sum, high, b0.low, b1.low);
+  multiply_tf32(sum, high, b0.high, b1.high);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += sum[i];
 }
 
 // ---- chunks

@@ -486,7 +486,7 @@ def test_losses_beyond_the_seeds_spread_are_refused():
 
 
 def test_each_variant_meets_shapes_that_are_new_to_all():
-    seconds = [1, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9]
+    seconds = [1, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9]  # of one utterance, which is a batch
     data = SimpleNamespace(
         data_ids=list(range(len(seconds))), data=[{"duration": value} for value in seconds]
     )
@@ -504,7 +504,7 @@ def test_each_variant_meets_shapes_that_are_new_to_all():
         epoch_runs.new_shapes(recipe, options, variant, chosen, turn, 2)
         for turn, variant in enumerate(variants)
     ]
-    assert new == [[[4], [7], [9]], [[6], [8], [10]]]
+    assert new == [[[4], [7]], [[6], [8]]]  # nearest to 1 s: 2 and 4 s; then to 3 s: 5 and 6 s
     other_seed = a_run([], implementation=epoch_runs.OTHER_SEED).variant
     assert epoch_runs.new_shapes(recipe, options, other_seed, chosen, 0, 2) == []
     assert epoch_runs.new_shapes(recipe, Options(), variants[0], chosen, 0, 2) == []

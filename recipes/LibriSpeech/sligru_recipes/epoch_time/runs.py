@@ -295,13 +295,23 @@ def plan_of_run(recipe, options, variant, chosen, turn=0, turns=1):
 
 
 def new_shapes(recipe, options, variant, chosen, turn, turns):
-    """Batches of shapes that no variant has met before: for each in turn other ones."""
+    """Batches of shapes that no variant has met before: for each in turn other ones.
+
+    They are nearly those of timed batches. Lengths that lie apart would have more that is new to
+    the libraries, such as a multiple of 32 frames, than an epoch's have for the most part.
+    """
     if options.batches is None or variant.for_spread:
         return []
-    seen = {recipe.shape(batch) for batch in [longest_batch(recipe), *chosen]}
     new = {recipe.shape(batch): batch for batch in recipe.plan}
-    new = [batch for shape, batch in new.items() if shape not in seen]
-    return spread(recipe, new, min(len(new), turns * NEW_SHAPES))[turn::turns]
+    for batch in [longest_batch(recipe), *chosen]:
+        new.pop(recipe.shape(batch), None)
+    found = []
+    for batch in spread(recipe, chosen, NEW_SHAPES):
+        utterances, frames = recipe.shape(batch)
+        near = sorted(new, key=lambda s: (abs(s[0] - utterances), abs(s[1] - frames)))[:turns]
+        taken = [new.pop(shape) for shape in near]
+        found += taken[turn : turn + 1]
+    return found
 
 
 def warm_up(recipe, options, variant, batches, chosen, progress, weights=None):
