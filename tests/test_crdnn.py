@@ -146,8 +146,10 @@ def test_equals_speechbrain(arguments, sizes, training, name):
 
 
 @each_case
-def test_lengths_rounded_up_as_on_a_gpu(arguments, sizes, monkeypatch):
-    monkeypatch.setattr(crdnn, "_rows", lambda x, frames: -(-frames // 8) * 8)
+def test_what_is_done_on_a_gpu_alone(arguments, sizes, monkeypatch):
+    """Lengths rounded up, and a product in place of the first convolution."""
+    monkeypatch.setattr(crdnn, "_is_on_gpu", lambda x: True)
+    monkeypatch.setattr(crdnn, "FRAMES_STEP", 8)
     theirs, ours = build_pair(**arguments)
     x = make_input(theirs, sizes)
     assert_same(run(ours, x), run(theirs, x))

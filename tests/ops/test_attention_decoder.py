@@ -211,11 +211,13 @@ def assert_no_worse_than_the_loop(name, device, precision, arguments, upstream):
     exact = run("reference", arguments, upstream, device=device)
     eager = run("reference", arguments, upstream, dtype, autocast, device)
     results = run(name, arguments, upstream, dtype, autocast, device)
-    # A result of few values can be right by luck: allow a unit in the last place besides.
-    last_place = torch.finfo(autocast or dtype).eps
+    # A result of few values can be right by luck: allow two units in the last place besides, of
+    # float32 on a GPU those of a number that was split for tensor cores into two of 11 bits.
+    split = device == "cuda" and (autocast or dtype) == torch.float32
+    last_place = 2.0**-22 if split else torch.finfo(autocast or dtype).eps
     bounds = {
         key: 2 * (value.double() - exact[key]).norm().item() / max(exact[key].norm().item(), 1e-3)
-        + last_place
+        + 2 * last_place
         for key, value in eager.items()
     }
     assert all(results[key].dtype == eager[key].dtype for key in eager)
