@@ -2,16 +2,25 @@
 
 They run on compiled kernels. Importing this package, `sb_fast_sligru.ops` included, needs torch
 alone. `SLiGRU`, `LiGRU`, `CRDNN` and `AttentionalRNNDecoder` subclass SpeechBrain's modules and
-import SpeechBrain when they are first asked for.
+import SpeechBrain when they are first asked for. `SyncBatchNorm` replaces PyTorch's.
 """
 
 import importlib
 
 from . import ops
 from .ops import backend
+from .sync_batch_norm import SyncBatchNorm
 
 __version__ = "0.2.0"
-__all__ = ["CRDNN", "AttentionalRNNDecoder", "LiGRU", "SLiGRU", "backend", "ops"]
+__all__ = [
+    "CRDNN",
+    "AttentionalRNNDecoder",
+    "LiGRU",
+    "SLiGRU",
+    "SyncBatchNorm",
+    "backend",
+    "ops",
+]
 
 
 def __getattr__(name):

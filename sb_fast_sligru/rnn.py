@@ -33,6 +33,7 @@ from . import ops, reference
 from ._parts import is_plain, not_plain
 from ._stock import RNN as stock
 from .ops._backends import choose, warn_once
+from .sync_batch_norm import SyncBatchNorm, count_processes
 
 __all__ = ["LiGRU", "LiGRU_Layer", "SLiGRU", "SLiGRU_Layer"]
 
@@ -324,9 +325,8 @@ def _count_over_processes(norm, rows):
 
     The count over several processes is a tensor on the device, which nobody has to wait for.
     """
-    if not (isinstance(norm, nn.SyncBatchNorm) and distributed.is_available()):
-        return rows.shape[0]
-    if not distributed.is_initialized() or distributed.get_world_size(norm.process_group) == 1:
+    synchronised = isinstance(norm, (SyncBatchNorm, nn.SyncBatchNorm))
+    if not synchronised or count_processes(norm) == 1:
         return rows.shape[0]
     count = torch.full((), rows.shape[0], device=rows.device)
     distributed.all_reduce(count, group=norm.process_group)

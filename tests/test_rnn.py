@@ -783,19 +783,6 @@ def compare_sharded(rank, store):
     torch.distributed.destroy_process_group()
 
 
-class SyncBatchNormOnCPU(torch.nn.SyncBatchNorm):
-    """torch's own refuses CPU tensors; this one gathers all processes' rows instead."""
-
-    def forward(self, rows):
-        gathered = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, rows.detach())
-        everything = torch.cat(gathered)
-        torch.nn.functional.batch_norm(
-            everything, self.running_mean, self.running_var, training=True, momentum=self.momentum
-        )
-        return rows
-
-
 def test_sync_batch_norm_counts_the_rows_of_all_processes(tmp_path):
     torch.multiprocessing.spawn(compare_sync_batch_norm, (tmp_path / "store",), nprocs=2)
 
@@ -808,7 +795,7 @@ def compare_sync_batch_norm(rank, store):
     for cell in CELLS:
         statistics = []
         for net in build_pair(cell, bidirectional=True):
-            norm = SyncBatchNormOnCPU(2 * HIDDEN, momentum=0.05).double()
+            norm = sb_fast_sligru.SyncBatchNorm(2 * HIDDEN, momentum=0.05).double()
             norm.load_state_dict(net.rnn[0].norm.state_dict())
             net.rnn[0].norm = norm
             net(x)

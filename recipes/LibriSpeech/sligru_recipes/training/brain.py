@@ -25,9 +25,9 @@ from speechbrain.utils.distributed import (
     main_process_only,
 )
 from speechbrain.utils.logger import get_logger
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+from sb_fast_sligru import SyncBatchNorm
 
 from ..files import replacing
 from ..progress import Progress
@@ -291,20 +291,9 @@ class RecipeBrain(sb.Brain):
         return super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
 
     def _wrap_distributed(self):
-        if not (self.distributed_launch and self.device_type == "cpu"):
-            super()._wrap_distributed()
-            return
-        # SpeechBrain would make every BatchNorm a SyncBatchNorm, which runs on GPUs only.
-        if any(isinstance(module, _BatchNorm) for module in self.modules.modules()):
-            logger.warning(
-                "On CPUs BatchNorm is not synchronised: each process normalises with the "
-                "statistics of its own batch, and those of the first process are kept."
-            )
-        for name, module in self.modules.items():
-            if any(p.requires_grad for p in module.parameters()):
-                self.modules[name] = DistributedDataParallel(
-                    module, find_unused_parameters=self.find_unused_parameters
-                )
+        if self.distributed_launch:
+            SyncBatchNorm.take_over(self.modules)
+        super()._wrap_distributed()
 
     def _check_disk_space(self):
         folder = self.hparams.output_folder
