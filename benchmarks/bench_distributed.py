@@ -4,7 +4,7 @@
 
 The encoder is that of librispeech_seq2seq.yaml, on 24 utterances of 15 s a GPU, each GPU with its
 own random ones. A step is forward, backward and Adadelta's update. On several GPUs the encoder is
-what a recipe has there: DistributedDataParallel with our SyncBatchNorm. The first process's GPU
+what a recipe has there: DistributedDataParallel with SyncBatchNorm. The first process's GPU
 takes the steps of one GPU while the others wait; both take turns, round after round.
 
 The result is DIR/<name of the GPU>-distributed.json (CPUs: of the CPU, for a look at whether it
@@ -25,7 +25,7 @@ from pathlib import Path
 import bench_report
 import torch
 from bench_rnn import PRECISIONS, describe_machine, file_stem, versions
-from torch import distributed
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sb_fast_sligru
@@ -57,7 +57,9 @@ class Encoder:
             dnn_neurons=sizes["neurons"] // 2,
         ).to(device)
         if shared:
-            sb_fast_sligru.SyncBatchNorm.take_over(self.net)
+            if device.type == "cpu":
+                sb_fast_sligru.SyncBatchNorm.take_over(self.net)
+            self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
             ids = [device] if device.type == "cuda" else None
             self.net = DistributedDataParallel(self.net, device_ids=ids)
         self.optimizer = torch.optim.Adadelta(self.net.parameters(), lr=1.0, rho=0.95, eps=1e-8)

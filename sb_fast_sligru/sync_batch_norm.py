@@ -138,8 +138,9 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, mean, variance, count = ctx.saved_tensors
         # As if the statistics were constants; sum(dy xh) and sum(dy) of this process beside it.
+        none = mean.new_empty(0)  # of this batch, for the backward of training
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            grad, x, weight, mean, variance, none, none, False, ctx.eps, [True, True, True]
         )
         sums = torch.stack([grad_weight, grad_bias]).to(mean.dtype)
         distributed.all_reduce(sums, group=ctx.group)
