@@ -96,6 +96,7 @@ class CTCScorer(stock.CTCScorer):
             If the shapes do not fit, or an index is not one of a token.
         """
         log_probs = self.softmax(self.ctc_fc(x))  # float32, whatever the layer gives
+        log_probs = log_probs.transpose(1, 2).contiguous()
         self.ctc_score = _PrefixScore(
             log_probs, enc_lens, self.blank_index, self.eos_index, self.ctc_window_size
         )
@@ -112,7 +113,7 @@ class _PrefixScore:
     minus_inf = LOG_ZERO  # SpeechBrain's ScorerBuilder reads it
 
     def __init__(self, log_probs, enc_lens, blank_index, eos_index, ctc_window_size):
-        batch, _, vocabulary = log_probs.shape
+        batch, vocabulary, _ = log_probs.shape
         if enc_lens.shape != (batch,) or enc_lens.is_floating_point():
             raise ValueError(
                 f"enc_lens must be {batch} integers, frames of each utterance, but is "
@@ -149,7 +150,7 @@ class _PrefixScore:
     def permute_mem(self, memory, index):
         """Go on with what the search has chosen; see `CTCScorer.permute_mem`."""
         state, psi, last_tokens, window = memory
-        vocabulary = self.log_probs.shape[2]
+        vocabulary = self.log_probs.shape[1]
         beam = psi.shape[0] // max(1, len(self.utterances))
         parents = index.div(vocabulary, rounding_mode="floor") + self.utterances * beam
         chosen = psi.view(len(self.utterances), -1).gather(1, index)

@@ -1,9 +1,7 @@
-// Both ops on the CPU; ctc_prefix.h has the mathematics. Scores: hypotheses, or tokens of an
-// utterance, go to threads, the loops within are over tokens. Extension: over hypotheses, frame by
-// frame. All vectorised (common/cpu_loops.h).
+// Both ops on the CPU; ctc_prefix.h has the mathematics. Scores: a sum over frames for each hypothesis
+// and token, which go to threads. Extension: a loop over frames, for some hypotheses side by side.
+// Both vectorised (common/cpu_loops.h).
 #include "ctc_prefix/ctc_prefix.h"
-
-#include <vector>
 
 #include "common/cpu_loops.h"
 
@@ -12,7 +10,7 @@ namespace {
 
 using namespace sb_fast_sligru::cpu;
 
-constexpr int64_t kColumns = 128;  // tokens at once: few enough that all their frames stay in L2
+constexpr int64_t kLanes = 16;  // hypotheses side by side
 
 SLIGRU_HD double log1p_of_exp(double x) { return std::log1p(std::exp(x)); }
 SLIGRU_HD float log1p_of_exp(float x) { return log1p_of_fraction(exp_of_negative(x)); }
@@ -29,153 +27,92 @@ SLIGRU_HD T at_least_log_zero(T x) {  // NaN stays
   return x < T(kLogZero) ? T(kLogZero) : x;
 }
 
-// psi of tokens whose log-probabilities lie next to each other, `stride` apart from frame to frame
-// and beginning with frame `begin`. `from` is a column of the state.
+// log sum of exp(from + x) over n frames. A NaN gets lost among the maxima, but not in the sum.
 template <class T>
-SLIGRU_HD void score_columns(const Prefixes& d, const T* from, int64_t begin, int64_t end,
-                             const T* log_probs, int64_t stride, int64_t columns, T* psi) {
-  T largest[kColumns], sum[kColumns];
-  std::fill(largest, largest + columns, T(kLogZero));
-  const T* x = log_probs;
-  for (int64_t t = begin; t < end; ++t, x += stride) {
-    const T before = from[t * 2 * d.hypotheses];
-    if (before <= T(kLogZero)) continue;
-#pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) {
-      const T y = before + x[j];
-      largest[j] = y > largest[j] || y != y ? y : largest[j];
-    }
-  }
-#pragma omp simd
-  for (int64_t j = 0; j < columns; ++j) sum[j] = exp_of_negative(T(kLogZero) - largest[j]);
-  x = log_probs;
-  for (int64_t t = begin; t < end; ++t, x += stride) {
-    const T before = from[t * 2 * d.hypotheses];
-    if (before <= T(kLogZero)) continue;
-#pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) sum[j] += exp_of_negative(before + x[j] - largest[j]);
-  }
-  for (int64_t j = 0; j < columns; ++j) psi[j] = largest[j] + std::log(sum[j]);
+SLIGRU_HD T log_sum_of_products(const T* from, const T* x, int64_t n) {
+  T largest = T(kLogZero);
+#pragma omp simd reduction(max : largest)
+  for (int64_t t = 0; t < n; ++t) largest = from[t] + x[t] > largest ? from[t] + x[t] : largest;
+  T sum = exp_of_negative(T(kLogZero) - largest);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t t = 0; t < n; ++t) sum += exp_of_negative(from[t] + x[t] - largest);
+  return largest + std::log(sum);
 }
 
-// All tokens: a unit is some tokens of an utterance, for each of its hypotheses.
 template <class T>
-SLIGRU_HD void score_all(const Scores& p, int64_t first_unit, int64_t last_unit) {
+SLIGRU_HD void score_range(const Scores& p, int64_t first, int64_t last) {  // of N x C
   const Prefixes& d = p.prefixes;
-  const int64_t V = d.vocabulary, N = d.hypotheses, tiles = ceil_div(V, kColumns);
-  for (int64_t unit = first_unit; unit < last_unit; ++unit) {
-    const int64_t utterance = unit / tiles, token = unit % tiles * kColumns;
-    const int64_t columns = std::min(kColumns, V - token);
-    const int64_t begin = d.begin(), end = d.end(utterance);
-    const T* x = at<T>(d.log_probs, (utterance * d.frames + begin) * V + token);
-    for (int64_t n = utterance * d.beam(); n < (utterance + 1) * d.beam(); ++n) {
-      T* psi = at<T>(p.psi, n * V + token);
-      score_columns(d, at<T>(d.state, n), begin, end, x, V, columns, psi);
-      const int64_t repeated = d.last_tokens[n] - token;
-      if (repeated >= 0 && repeated < columns)
-        score_columns(d, at<T>(d.state, N + n), begin, end, x + repeated, V, 1, psi + repeated);
-    }
-  }
-}
-
-// Candidates alone, whose log-probabilities are gathered: a unit is a hypothesis.
-template <class T>
-SLIGRU_HD void score_candidates(const Scores& p, int64_t first, int64_t last) {
-  const Prefixes& d = p.prefixes;
-  const int64_t V = d.vocabulary, N = d.hypotheses, C = p.candidate_count;
-  const int64_t begin = d.begin();
-  std::vector<T> gathered(std::min(C, kColumns) * d.frames);
-  T psi[kColumns];
-  for (int64_t n = first; n < last; ++n) {
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t n = i / p.candidate_count;
+    const int64_t token = p.candidates == nullptr ? i % p.candidate_count : p.candidates[i];
     const int64_t utterance = n / d.beam(), end = d.end(utterance);
-    for (int64_t tile = 0; tile < C; tile += kColumns) {
-      const int64_t columns = std::min(kColumns, C - tile);
-      const int64_t* tokens = p.candidates + n * C + tile;
-      T* to = gathered.data();
-      for (int64_t t = begin; t < end; ++t, to += columns) {
-        const T* x = at<T>(d.log_probs, (utterance * d.frames + t) * V);
-        for (int64_t j = 0; j < columns; ++j) to[j] = x[tokens[j]];
-      }
-      score_columns(d, at<T>(d.state, n), begin, end, gathered.data(), columns, columns, psi);
-      for (int64_t j = 0; j < columns; ++j) {
-        if (tokens[j] == d.last_tokens[n])
-          score_columns(d, at<T>(d.state, N + n), begin, end, gathered.data() + j, columns, 1,
-                        psi + j);
-        *at<T>(p.psi, n * V + tokens[j]) = psi[j];
-      }
-    }
+    const T* from = at<T>(d.state, d.from_row(n, token));
+    int64_t begin = d.begin();
+    while (begin < end && from[begin] <= T(kLogZero)) ++begin;  // a frame for each token so far
+    const T* x = at<T>(d.log_probs, d.log_prob_row(utterance, token));
+    *at<T>(p.psi, n * d.vocabulary + token) =
+        log_sum_of_products(from + begin, x + begin, end - begin);
   }
-}
-
-template <class T>
-SLIGRU_HD void score_range(const Scores& p, int64_t begin, int64_t end) {
-  p.candidates == nullptr ? score_all<T>(p, begin, end) : score_candidates<T>(p, begin, end);
 }
 
 // The two tokens with a score of their own.
 template <class T>
-void score_eos_and_blank(const Scores& p) {
+void score_blank_and_eos(const Scores& p) {
   const Prefixes& d = p.prefixes;
-  const int64_t V = d.vocabulary, N = d.hypotheses;
-  for (int64_t n = 0; n < N; ++n) {
-    *at<T>(p.psi, n * V + d.blank) = T(kLogZero);
-    *at<T>(p.psi, n * V + p.eos) = *at<T>(d.state, d.length(n / d.beam()) * 2 * N + n);
+  for (int64_t n = 0; n < d.hypotheses; ++n) {
+    T* psi = at<T>(p.psi, n * d.vocabulary);
+    psi[d.blank] = T(kLogZero);
+    psi[p.eos] = *at<T>(d.state, d.total_row(n) + d.length(n / d.beam()));
   }
 }
 
-// Of a new hypothesis: where the numbers of frame 0 are, and which frames count.
+// At most kLanes hypotheses; what is not one of them repeats the first.
 template <class T>
-struct Row {
-  std::vector<const T*> log_prob, log_blank, from;
-  std::vector<int64_t> length, end;
-  std::vector<T> token, blank, total;
-
-  explicit Row(int64_t count)
-      : log_prob(count),
-        log_blank(count),
-        from(count),
-        length(count),
-        end(count),
-        token(count, T(kLogZero)),
-        blank(count, T(kLogZero)),
-        total(count, T(kLogZero)) {}
-};
-
-template <class T>
-SLIGRU_HD void extend_range(const Extension& p, int64_t first, int64_t last) {
+SLIGRU_HD void extend_lanes(const Extension& p, int64_t first, int64_t count) {
   const Prefixes& d = p.prefixes;
-  const int64_t V = d.vocabulary, N = d.hypotheses, M = p.count, count = last - first;
+  const T *log_probs = at<T>(d.log_probs, 0), *states = at<T>(d.state, 0);
   const int64_t begin = d.begin();
-  Row<T> row(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t parent = p.parents[first + i], token = p.tokens[first + i];
+  int64_t log_prob[kLanes], log_blank[kLanes], from[kLanes], length[kLanes], end[kLanes];
+  T token[kLanes], blank[kLanes], total[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const int64_t m = first + (i < count ? i : 0), parent = p.parents[m];
     const int64_t utterance = parent / d.beam();
-    const T* x = at<T>(d.log_probs, utterance * d.frames * V);
-    row.log_prob[i] = x + token;
-    row.log_blank[i] = x + d.blank;
-    row.from[i] = at<T>(d.state, (token == d.last_tokens[parent] ? N : 0) + parent);
-    row.length[i] = d.length(utterance);
-    row.end[i] = d.end(utterance);
+    log_prob[i] = d.log_prob_row(utterance, p.tokens[m]);
+    log_blank[i] = d.log_prob_row(utterance, d.blank);
+    from[i] = d.from_row(parent, p.tokens[m]);
+    length[i] = d.length(utterance);
+    end[i] = d.end(utterance);
+    token[i] = blank[i] = total[i] = T(kLogZero);
   }
-  const T *const *log_prob = row.log_prob.data(), *const *log_blank = row.log_blank.data(),
-                 *const *from = row.from.data();
-  const int64_t *length = row.length.data(), *end = row.end.data();
-  T *token = row.token.data(), *blank = row.blank.data(), *total = row.total.data();
-  for (int64_t t = 0; t <= d.frames; ++t) {
-    T* out = at<T>(p.state, t * 2 * M + first);
-    std::copy(total, total + count, out);
-    std::copy(blank, blank + count, out + M);
-    if (t == d.frames) break;
-#pragma omp simd
+  T* out = at<T>(p.state, first * 2 * d.states());
+  for (int64_t t = 0; t < d.states(); ++t) {
     for (int64_t i = 0; i < count; ++i) {
-      const bool counts = t == 0 ? t < length[i] : t >= begin && t < end[i];
-      const T token_now = log_sum(token[i], from[i][t * 2 * N]) + log_prob[i][t * V];
-      const T blank_now = total[i] + log_blank[i][t * V];
-      token[i] = counts ? at_least_log_zero(token_now) : T(kLogZero);
-      blank[i] = counts ? at_least_log_zero(blank_now) : T(kLogZero);
+      out[i * 2 * d.states() + t] = total[i];
+      out[(i * 2 + 1) * d.states() + t] = blank[i];
+    }
+    if (t == d.frames) break;
+    T before[kLanes], x[kLanes], x_blank[kLanes], counts[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {  // of its own, since gathering keeps loops scalar
+      before[i] = states[from[i] + t];
+      x[i] = log_probs[log_prob[i] + t];
+      x_blank[i] = log_probs[log_blank[i] + t];
+      counts[i] = T(t == 0 ? length[i] > 0 : t >= begin && t < end[i]);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      token[i] = at_least_log_zero(log_sum(token[i], before[i]) + x[i]);
+      blank[i] = at_least_log_zero(total[i] + x_blank[i]);
+      token[i] = counts[i] > T(0) ? token[i] : T(kLogZero);
+      blank[i] = counts[i] > T(0) ? blank[i] : T(kLogZero);
       total[i] = log_sum(token[i], blank[i]);
     }
   }
+}
+
+template <class T>
+SLIGRU_HD void extend_range(const Extension& p, int64_t first, int64_t last) {  // of kLanes each
+  for (int64_t i = first; i < last; ++i)
+    extend_lanes<T>(p, i * kLanes, std::min(kLanes, p.count - i * kLanes));
 }
 
 VECTOR_CLONES
@@ -197,17 +134,16 @@ void extend_double(const Extension& p, int64_t begin, int64_t end) {
 
 void scores(const Scores& p) {
   const Prefixes& d = p.prefixes;
-  const bool is_double = d.type == DType::kFloat64, all = p.candidates == nullptr;
+  const bool is_double = d.type == DType::kFloat64;
   const auto kernel = is_double ? scores_double : scores_float;
-  const int64_t units = all ? d.batch * ceil_div(d.vocabulary, kColumns) : d.hypotheses;
-  const int64_t work = d.frames * (all ? d.beam() * kColumns : p.candidate_count);
-  for_rows(0, units, work, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
-  is_double ? score_eos_and_blank<double>(p) : score_eos_and_blank<float>(p);
+  for_rows(0, d.hypotheses * p.candidate_count, d.frames,
+           [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  is_double ? score_blank_and_eos<double>(p) : score_blank_and_eos<float>(p);
 }
 
 void extend(const Extension& p) {
   const auto kernel = p.prefixes.type == DType::kFloat64 ? extend_double : extend_float;
-  for_rows(0, p.count, p.prefixes.frames,
+  for_rows(0, ceil_div(p.count, kLanes), kLanes * p.prefixes.frames,
            [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 

@@ -26,7 +26,8 @@
 // the state always.
 //
 // Axes: B utterances, T frames, V tokens, N hypotheses, N / B in a row for each utterance, C
-// candidates of each hypothesis. All tensors are contiguous.
+// candidates of each hypothesis. All tensors are contiguous, and frames their last axis: the scores
+// are sums over them, of few tokens of each frame.
 #pragma once
 
 #include "common/types.h"
@@ -40,13 +41,23 @@ struct Prefixes {
   int64_t blank;
   DType type;  // of log_probs, states and psi
 
-  const void* log_probs;       // [B, T, V]
+  const void* log_probs;       // [B, V, T]
   const int64_t* lengths;      // [B]
-  const void* state;           // [T + 1, 2, N]: total, blank
+  const void* state;           // [N, 2, T + 1]: total, blank
   const int64_t* last_tokens;  // [N]
   const int64_t* window;       // [2], its first frame and the one after its last; null: all frames
 
   SLIGRU_HD int64_t beam() const { return hypotheses / batch; }
+  SLIGRU_HD int64_t states() const { return frames + 1; }
+  // Where the rows of a token of an utterance and of a hypothesis begin.
+  SLIGRU_HD int64_t log_prob_row(int64_t utterance, int64_t token) const {
+    return (utterance * vocabulary + token) * frames;
+  }
+  SLIGRU_HD int64_t total_row(int64_t hypothesis) const { return hypothesis * 2 * states(); }
+  // The row of what may stand before a token.
+  SLIGRU_HD int64_t from_row(int64_t hypothesis, int64_t token) const {
+    return total_row(hypothesis) + (token == last_tokens[hypothesis] ? states() : 0);
+  }
   SLIGRU_HD int64_t length(int64_t utterance) const {
     const int64_t length = lengths[utterance];
     return length < 0 ? 0 : length > frames ? frames : length;
@@ -61,7 +72,7 @@ struct Prefixes {
 struct Scores {
   Prefixes prefixes;
   int64_t eos;
-  int64_t candidate_count;    // C
+  int64_t candidate_count;    // C, or V
   const int64_t* candidates;  // [N, C], or null for all tokens
   void* psi;                  // [N, V]; with candidates log 0 has been written to all of it
 };
@@ -71,7 +82,7 @@ struct Extension {
   int64_t count;           // M, of the new hypotheses
   const int64_t* parents;  // [M], of which hypothesis each is one
   const int64_t* tokens;   // [M], and with which token
-  void* state;             // [T + 1, 2, M]
+  void* state;             // [M, 2, T + 1]
 };
 
 // log(1 + y) of a y in [0, 1]: a polynomial, because a logarithm would be a call on a CPU and take

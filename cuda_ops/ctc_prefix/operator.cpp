@@ -2,7 +2,7 @@
 // stable ABI, as light_gru/operator.cpp is.
 //
 //   ctc_prefix_scores  -> psi [N, V]
-//   ctc_prefix_extend  -> state [T + 1, 2, M] of the hypotheses that a search goes on with
+//   ctc_prefix_extend  -> state [M, 2, T + 1] of the hypotheses that a search goes on with
 //
 // ctc_prefix.h has the mathematics and the axes.
 #include "ctc_prefix/operator.h"

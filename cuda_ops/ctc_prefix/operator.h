@@ -13,9 +13,9 @@ struct Inputs {
   OptionalTensor window;
   int64_t blank;
 
-  int64_t frames() const { return log_probs.size(1); }
-  int64_t vocabulary() const { return log_probs.size(2); }
-  int64_t hypotheses() const { return state.size(2); }
+  int64_t vocabulary() const { return log_probs.size(1); }
+  int64_t frames() const { return log_probs.size(2); }
+  int64_t hypotheses() const { return state.size(0); }
 
   Prefixes prefixes() const {
     Prefixes d = {};
@@ -60,20 +60,20 @@ inline void check_token(const char* name, int64_t token, int64_t vocabulary) {
 // Raises for a bad argument; makes all contiguous.
 inline Inputs check_inputs(const Tensor& log_probs, const Tensor& lengths, const Tensor& state,
                            const Tensor& last_tokens, OptionalTensor window, int64_t blank) {
-  STD_TORCH_CHECK(log_probs.dim() == 3 && log_probs.size(2) > 0, "log_probs: got ",
-                  describe(log_probs), ", expected [B, T, V]");
+  STD_TORCH_CHECK(log_probs.dim() == 3 && log_probs.size(1) > 0, "log_probs: got ",
+                  describe(log_probs), ", expected [B, V, T]");
   const ScalarType type = log_probs.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float, "log_probs: got ",
                   describe(log_probs), ", expected float64 or float32");
-  const int64_t B = log_probs.size(0), T = log_probs.size(1);
-  STD_TORCH_CHECK(state.dim() == 3 && (B == 0 ? state.size(2) == 0 : state.size(2) % B == 0),
-                  "state: got ", describe(state), ", expected [", T + 1,
-                  ", 2, N], N a multiple of ", B);
-  const int64_t N = state.size(2);
-  check_token("blank_index", blank, log_probs.size(2));
+  const int64_t B = log_probs.size(0), states = log_probs.size(2) + 1;
+  STD_TORCH_CHECK(state.dim() == 3 && (B == 0 ? state.size(0) == 0 : state.size(0) % B == 0),
+                  "state: got ", describe(state), ", expected [N, 2, ", states,
+                  "], N a multiple of ", B);
+  const int64_t N = state.size(0);
+  check_token("blank_index", blank, log_probs.size(1));
   Inputs in{torch::stable::contiguous(log_probs),
             checked("lengths", lengths, {B}, log_probs),
-            checked("state", state, {T + 1, 2, N}, log_probs, type),
+            checked("state", state, {N, 2, states}, log_probs, type),
             checked("last_tokens", last_tokens, {N}, log_probs),
             std::nullopt,
             blank};
@@ -103,6 +103,7 @@ struct Operator {
     check_token("eos_index", eos_index, V);
     Scores p = {in.prefixes()};
     p.eos = eos_index;
+    p.candidate_count = V;
     Tensor psi = new_empty(in.log_probs, {N, V}, in.log_probs.scalar_type());
     if (candidates) {
       STD_TORCH_CHECK(candidates->dim() == 2, "candidates: got ", describe(*candidates),
@@ -134,7 +135,7 @@ struct Operator {
     p.parents = Inputs::integers(all_parents);
     p.tokens = Inputs::integers(all_tokens);
     const Tensor next =
-        new_empty(in.log_probs, {in.frames() + 1, 2, M}, in.log_probs.scalar_type());
+        new_empty(in.log_probs, {M, 2, in.frames() + 1}, in.log_probs.scalar_type());
     p.state = next.mutable_data_ptr();
     if (M > 0) Implementation::extend(in.log_probs, p);
     return next;

@@ -66,7 +66,7 @@ def ctc_prefix_start(log_probs, blank_index, beam):
     Arguments
     ---------
     log_probs : torch.Tensor
-        [B, T, V], CTC's log-probabilities: utterances, frames, tokens. float64 or float32.
+        [B, V, T], CTC's log-probabilities: utterances, tokens, frames. float64 or float32.
     blank_index : int
     beam : int
         Hypotheses of an utterance.
@@ -74,7 +74,7 @@ def ctc_prefix_start(log_probs, blank_index, beam):
     Returns
     -------
     state : torch.Tensor
-        [T + 1, 2, N], N = B beam: for t = 0 .. T the log-probability that the first t frames spell
+        [N, 2, T + 1], N = B beam: for t = 0 .. T the log-probability that the first t frames spell
         the hypothesis, and that they do and end in a blank.
 
     Raises
@@ -97,12 +97,12 @@ def ctc_prefix_scores(
     Arguments
     ---------
     log_probs : torch.Tensor
-        [B, T, V], CTC's log-probabilities: utterances, frames, tokens. float64 or float32.
+        [B, V, T], CTC's log-probabilities: utterances, tokens, frames. float64 or float32.
     lengths : torch.Tensor
         [B], int64: the frames of each utterance that count, from 0 to T; what is beyond that is
         taken for 0 or T.
     state : torch.Tensor
-        [T + 1, 2, N], of `ctc_prefix_start` or `ctc_prefix_extend`: N hypotheses, N / B in a row for
+        [N, 2, T + 1], of `ctc_prefix_start` or `ctc_prefix_extend`: N hypotheses, N / B in a row for
         each utterance.
     last_tokens : torch.Tensor
         [N], int64: the last token of each. Of empty ones it does not matter.
@@ -130,7 +130,7 @@ def ctc_prefix_scores(
 
     Example
     -------
-    >>> log_probs, lengths = torch.rand(2, 5, 4).log_softmax(-1), torch.tensor([5, 3])
+    >>> log_probs, lengths = torch.rand(2, 4, 5).log_softmax(1), torch.tensor([5, 3])
     >>> state = ctc_prefix_start(log_probs, 0, beam=3)
     >>> bos = torch.full((6,), 1)
     >>> psi = ctc_prefix_scores(log_probs, lengths, state, bos, blank_index=0, eos_index=2)
@@ -141,7 +141,7 @@ def ctc_prefix_scores(
     _check_token("blank_index", blank_index, log_probs)
     _check_token("eos_index", eos_index, log_probs)
     if candidates is not None:
-        _check_indices("candidates", candidates, (state.shape[2], None), log_probs)
+        _check_indices("candidates", candidates, (state.shape[0], None), log_probs)
     tensors = (log_probs, lengths, state, last_tokens, candidates, window)
     return _run("ctc_prefix_scores", *tensors, blank_index=blank_index, eos_index=eos_index)
 
@@ -165,7 +165,7 @@ def ctc_prefix_extend(
     Returns
     -------
     state : torch.Tensor
-        [T + 1, 2, M].
+        [M, 2, T + 1].
 
     Raises
     ------
@@ -174,14 +174,14 @@ def ctc_prefix_extend(
 
     Example
     -------
-    >>> log_probs, lengths = torch.rand(1, 5, 4).log_softmax(-1), torch.tensor([5])
+    >>> log_probs, lengths = torch.rand(1, 4, 5).log_softmax(1), torch.tensor([5])
     >>> state = ctc_prefix_start(log_probs, 0, beam=2)
     >>> parents, tokens, bos = torch.tensor([0, 0]), torch.tensor([3, 1]), torch.full((2,), 1)
     >>> state = ctc_prefix_extend(
     ...     log_probs, lengths, state, bos, parents, tokens, blank_index=0
     ... )
     >>> state.shape
-    torch.Size([6, 2, 2])
+    torch.Size([2, 2, 6])
     """
     _check(log_probs, state, {"lengths": lengths, "last_tokens": last_tokens}, window)
     _check_token("blank_index", blank_index, log_probs)
@@ -204,7 +204,7 @@ def _run(function, log_probs, *tensors, **indices):
 def _check(log_probs, state, indices, window):
     """Raise ValueError for a bad argument."""
     _check_log_probs(log_probs)
-    batch, frames, _ = log_probs.shape
+    batch, _, frames = log_probs.shape
     if not isinstance(state, torch.Tensor):
         raise ValueError(f"state: got {type(state).__name__}, expected a torch.Tensor")
     if state.dtype != log_probs.dtype or state.device != log_probs.device:
@@ -212,14 +212,14 @@ def _check(log_probs, state, indices, window):
             f"state: got {state.dtype} on {state.device}, expected those of log_probs, "
             f"{log_probs.dtype} on {log_probs.device}"
         )
-    if state.ndim != 3 or state.shape[:2] != (frames + 1, 2) or state.shape[2] % max(batch, 1):
+    if state.ndim != 3 or state.shape[1:] != (2, frames + 1) or state.shape[0] % max(batch, 1):
         raise ValueError(
-            f"state: got shape {tuple(state.shape)}, expected [{frames + 1}, 2, N], "
+            f"state: got shape {tuple(state.shape)}, expected [N, 2, {frames + 1}], "
             f"N a multiple of {batch}"
         )
     _check_no_gradient("state", state)
     _check_indices("lengths", indices["lengths"], (batch,), log_probs)
-    _check_indices("last_tokens", indices["last_tokens"], (state.shape[2],), log_probs)
+    _check_indices("last_tokens", indices["last_tokens"], (state.shape[0],), log_probs)
     if window is not None:
         _check_indices("window", window, (2,), log_probs)
 
@@ -229,8 +229,8 @@ def _check_log_probs(log_probs):
         raise ValueError(f"log_probs: got {type(log_probs).__name__}, expected a torch.Tensor")
     if log_probs.dtype not in DTYPES:
         raise ValueError(f"log_probs: got {log_probs.dtype}, expected float64 or float32")
-    if log_probs.ndim != 3 or log_probs.shape[2] == 0:
-        raise ValueError(f"log_probs: got shape {tuple(log_probs.shape)}, expected [B, T, V]")
+    if log_probs.ndim != 3 or log_probs.shape[1] == 0:
+        raise ValueError(f"log_probs: got shape {tuple(log_probs.shape)}, expected [B, V, T]")
     _check_no_gradient("log_probs", log_probs)
 
 
@@ -263,7 +263,7 @@ def _shown(shape):
 
 
 def _check_token(name, index, log_probs):
-    vocabulary = log_probs.shape[2]
+    vocabulary = log_probs.shape[1]
     if not isinstance(index, int) or not 0 <= index < vocabulary:
         raise ValueError(f"{name}: got {index!r}, expected an int from 0 to {vocabulary - 1}")
 
@@ -272,11 +272,11 @@ def _check_token(name, index, log_probs):
 
 
 def _scores_fake(log_probs, lengths, state, *others):
-    return log_probs.new_empty(state.shape[2], log_probs.shape[2])
+    return log_probs.new_empty(state.shape[0], log_probs.shape[1])
 
 
 def _extend_fake(log_probs, lengths, state, last_tokens, parents, *others):
-    return log_probs.new_empty(state.shape[0], 2, parents.shape[0])
+    return log_probs.new_empty(parents.shape[0], 2, state.shape[2])
 
 
 def _no_gradient(ctx, *grads):

@@ -26,12 +26,10 @@ def ctc_prefix_start(log_probs, blank_index, beam):
 
     Arguments and results are those of `sb_fast_sligru.ops.ctc_prefix_start`.
     """
-    batch, frames, _ = log_probs.shape
-    # The sum, too: frames beyond an utterance may have any log-probabilities.
-    blank = log_probs[:, :, blank_index].cumsum(1).clamp(min=LOG_ZERO)
-    state = log_probs.new_zeros(frames + 1, 2, batch, beam)
-    state[1:] = blank.t()[:, None, :, None]
-    return state.flatten(2)
+    # The sum, too, must not become infinite: an utterance's padding may have any log-probabilities.
+    blank = log_probs[:, blank_index].cumsum(1).clamp(min=LOG_ZERO)
+    blank = torch.nn.functional.pad(blank, (1, 0))
+    return blank[:, None, None].expand(-1, beam, 2, -1).flatten(0, 1)
 
 
 def ctc_prefix_scores(
@@ -42,23 +40,22 @@ def ctc_prefix_scores(
     Arguments, results and layouts are those of `sb_fast_sligru.ops.ctc_prefix_scores`, which checks
     them.
     """
-    batch, frames, vocabulary = log_probs.shape
-    hypotheses = state.shape[2]
+    batch, vocabulary, frames = log_probs.shape
+    hypotheses = state.shape[0]
     utterances = _utterances(hypotheses, batch, log_probs.device)
     tokens = torch.arange(vocabulary, device=log_probs.device).expand(hypotheses, -1)
     tokens = tokens if candidates is None else candidates
     first, last = _limits(window, lengths, frames)
-    counts = torch.arange(frames, device=log_probs.device)
-    counts = (counts >= torch.where(first <= 1, 0, first)) & (counts < last[:, None])  # [B, T]
-    before = _before(state[:-1], tokens == last_tokens[:, None])  # [T, N, C]
-    terms = before + log_probs[utterances[:, None], :, tokens].permute(2, 0, 1)
-    terms = terms.masked_fill(~counts[utterances].t()[:, :, None], LOG_ZERO).clamp(min=LOG_ZERO)
-    zero = terms.new_full((1, *terms.shape[1:]), LOG_ZERO)
-    scores = torch.logsumexp(torch.cat([zero, terms]), 0)
+    t = torch.arange(frames, device=log_probs.device)
+    counts = (t >= torch.where(first <= 1, 0, first)) & (t < last[utterances, None])  # [N, T]
+    before = _before(state[:, None], tokens == last_tokens[:, None])[..., :-1]  # [N, C, T]
+    terms = before + log_probs[utterances[:, None], tokens]
+    terms = torch.where(counts[:, None], terms, LOG_ZERO).clamp(min=LOG_ZERO)
+    scores = torch.nn.functional.pad(terms, (0, 1), value=LOG_ZERO).logsumexp(-1)
     psi = scores.new_full((hypotheses, vocabulary), LOG_ZERO).scatter(1, tokens, scores)
     psi[:, blank_index] = LOG_ZERO
     lengths = lengths.clamp(0, frames)[utterances]
-    psi[:, eos_index] = state[:, 0].gather(0, lengths[None])[0]
+    psi[:, eos_index] = state[:, 0].gather(1, lengths[:, None])[:, 0]
     return psi
 
 
@@ -70,24 +67,24 @@ def ctc_prefix_extend(
     Arguments, results and layouts are those of `sb_fast_sligru.ops.ctc_prefix_extend`, which checks
     them.
     """
-    batch, frames, _ = log_probs.shape
-    utterances = _utterances(state.shape[2], batch, log_probs.device)[parents]
+    batch, _, frames = log_probs.shape
+    utterances = _utterances(state.shape[0], batch, log_probs.device)[parents]
     first, last = _limits(window, lengths, frames)
     own, last = lengths[utterances], last[utterances]
-    before = _before(state[:, :, parents], (tokens == last_tokens[parents])[:, None])[:, :, 0]
-    log_prob, log_blank = log_probs[utterances, :, tokens], log_probs[utterances, :, blank_index]
+    before = _before(state[parents], tokens == last_tokens[parents])
+    log_prob, log_blank = log_probs[utterances, tokens], log_probs[utterances, blank_index]
     token = blank = total = log_probs.new_full(tokens.shape, LOG_ZERO)
-    states = [torch.stack([total, blank])]
+    states = [torch.stack([total, blank], 1)]
     for t in range(frames):
         counts = (first <= t) & (t < last) if t else own > 0
-        token = torch.logaddexp(token, before[t]) + log_prob[:, t]
+        token = torch.logaddexp(token, before[:, t]) + log_prob[:, t]
         blank = total + log_blank[:, t]
         token, blank = (
             torch.where(counts, value, LOG_ZERO).clamp(min=LOG_ZERO) for value in (token, blank)
         )
         total = torch.logaddexp(token, blank)
-        states.append(torch.stack([total, blank]))
-    return torch.stack(states)
+        states.append(torch.stack([total, blank], 1))
+    return torch.stack(states, 2)
 
 
 def _utterances(hypotheses, batch, device):
@@ -104,6 +101,5 @@ def _limits(window, lengths, frames):
 
 
 def _before(state, repeats):
-    """What may stand before each token, [T, N, C]; `repeats` [N, C] tells those that end it."""
-    total, blank = state[:, 0, :, None], state[:, 1, :, None]
-    return torch.where(repeats, blank, total)
+    """What may stand before tokens; `repeats` tells of each if the hypothesis ends in it."""
+    return torch.where(repeats[..., None], state[..., 1, :], state[..., 0, :])
