@@ -1,9 +1,8 @@
 // Both ops on the CPU; ctc_prefix.h has the mathematics. Scores: a sum over frames for each hypothesis
 // and token, which go to threads. Extension: a loop over frames, for some hypotheses side by side.
 // Both vectorised (common/cpu_loops.h).
-#include "ctc_prefix/ctc_prefix.h"
-
 #include "common/cpu_loops.h"
+#include "ctc_prefix/ctc_prefix.h"
 
 namespace sb_fast_sligru::ctc_prefix::cpu {
 namespace {
@@ -116,7 +115,9 @@ SLIGRU_HD void extend_range(const Extension& p, int64_t first, int64_t last) {  
 }
 
 VECTOR_CLONES
-void scores_float(const Scores& p, int64_t begin, int64_t end) { score_range<float>(p, begin, end); }
+void scores_float(const Scores& p, int64_t begin, int64_t end) {
+  score_range<float>(p, begin, end);
+}
 VECTOR_CLONES
 void scores_double(const Scores& p, int64_t begin, int64_t end) {
   score_range<double>(p, begin, end);

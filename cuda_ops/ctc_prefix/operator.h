@@ -95,8 +95,8 @@ inline void check_range(const char* name, const Tensor& t, int64_t size) {
 template <class Implementation>
 struct Operator {
   static Tensor scores(const Tensor& log_probs, const Tensor& lengths, const Tensor& state,
-                       const Tensor& last_tokens, OptionalTensor candidates,
-                       OptionalTensor window, int64_t blank_index, int64_t eos_index) {
+                       const Tensor& last_tokens, OptionalTensor candidates, OptionalTensor window,
+                       int64_t blank_index, int64_t eos_index) {
     const Inputs in =
         check_inputs(log_probs, lengths, state, last_tokens, std::move(window), blank_index);
     const int64_t N = in.hypotheses(), V = in.vocabulary();
