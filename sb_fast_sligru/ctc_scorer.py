@@ -1,7 +1,7 @@
-"""SpeechBrain's CTC scorer with the loops over frames and hypotheses replaced by compiled operators.
+"""SpeechBrain's CTC scorer with its loops over frames and hypotheses replaced by compiled operators.
 
-The class is SpeechBrain's, subclassed: constructor and interface are inherited, so that its searchers
-and `ScorerBuilder` take it as it is. Replaced is what it keeps and computes in a search:
+The class is SpeechBrain's, subclassed: constructor and interface are inherited, so that its
+searchers and `ScorerBuilder` take it as it is. Replaced is what it keeps and computes in a search:
 
 ===========================  ===============================  ===================================
 step                         SpeechBrain                      here
@@ -28,12 +28,12 @@ __all__ = ["CTCScorer"]
 
 
 class CTCScorer(stock.CTCScorer):
-    """CTC scores for a beam search, a replacement of :class:`speechbrain.decoders.scorer.CTCScorer`.
+    """CTC scores for a search, a replacement of :class:`speechbrain.decoders.scorer.CTCScorer`.
 
-    Arguments are SpeechBrain's, and so are the scores, with these exceptions: the batch need not have
-    an utterance of full length, hypotheses may have more tokens than frames, and utterances no frame;
-    log-probabilities of padding never count, whatever `blank_index` is; and a token that was not
-    scored, should a search go on with it, leaves its own state and not another token's.
+    Arguments are SpeechBrain's, and so are the scores, with these exceptions: no utterance need fill
+    the batch's frames, utterances may have no frame, and hypotheses more tokens than frames; what
+    is beyond an utterance's end never counts, whatever `blank_index` is; and if a search goes on
+    with a token that was no candidate, its state is its own and not that of another.
 
     With `ctc_window_size` the frames that count depend on all utterances of a batch, as in
     SpeechBrain.
@@ -105,9 +105,9 @@ class CTCScorer(stock.CTCScorer):
 class _PrefixScore:
     """The search of a batch; what SpeechBrain's scorer calls, as its ``CTCPrefixScore``.
 
-    Its memory is, after a step, the state of the hypotheses, the log-probabilities of what they begin
-    and a token (psi), their last tokens and the window; after a permutation, the state and psi [N, 1]
-    of the chosen.
+    Its memory is, after a step, the state of the hypotheses, the log-probabilities of all that begins
+    with them and a token (psi), their last tokens and the window; after a permutation, the state
+    and psi [N, 1] of the chosen.
     """
 
     minus_inf = LOG_ZERO  # SpeechBrain's ScorerBuilder reads it

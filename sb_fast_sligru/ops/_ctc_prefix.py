@@ -1,7 +1,8 @@
 """CTC prefix scores for a beam search, a token at a time.
 
-`ctc_prefix_start` makes the state of the empty hypotheses; then, token by token, `ctc_prefix_scores`
-scores what may come next and `ctc_prefix_extend` makes the state of what the search goes on with.
+`ctc_prefix_start` makes the state of the empty hypotheses; then, token by token,
+`ctc_prefix_scores` scores what may come next and `ctc_prefix_extend` makes the state of what the
+search goes on with.
 The last two check their arguments and call the operator of the same name
 (`torch.ops.sb_fast_sligru`, schema in cuda_ops/ctc_prefix/operator.cpp) or, for the backend
 "reference", plain PyTorch. They have no gradient: a search needs none. Below them: fake kernels for
@@ -102,8 +103,8 @@ def ctc_prefix_scores(
         [B], int64: the frames of each utterance that count, from 0 to T; what is beyond that is
         taken for 0 or T.
     state : torch.Tensor
-        [N, 2, T + 1], of `ctc_prefix_start` or `ctc_prefix_extend`: N hypotheses, N / B in a row for
-        each utterance.
+        [N, 2, T + 1], of `ctc_prefix_start` or `ctc_prefix_extend`: N hypotheses, N / B in a row
+        for each utterance.
     last_tokens : torch.Tensor
         [N], int64: the last token of each. Of empty ones it does not matter.
     candidates : torch.Tensor, optional
