@@ -1,4 +1,4 @@
-"""SpeechBrain's CTC scorer with its loops over frames and hypotheses replaced by compiled operators.
+"""SpeechBrain's CTC scorer, its loops over frames and hypotheses replaced by compiled operators.
 
 The class is SpeechBrain's, subclassed: constructor and interface are inherited, so that its
 searchers and `ScorerBuilder` take it as it is. Replaced is what it keeps and computes in a search:
@@ -24,16 +24,16 @@ from . import ops
 from ._stock import scorer as stock
 from .reference import LOG_ZERO
 
-__all__ = ["CTCScorer"]
+__all__ = ["CTCScorer", "build"]
 
 
 class CTCScorer(stock.CTCScorer):
     """CTC scores for a search, a replacement of :class:`speechbrain.decoders.scorer.CTCScorer`.
 
-    Arguments are SpeechBrain's, and so are the scores, with these exceptions: no utterance need fill
-    the batch's frames, utterances may have no frame, and hypotheses more tokens than frames; what
-    is beyond an utterance's end never counts, whatever `blank_index` is; and if a search goes on
-    with a token that was no candidate, its state is its own and not that of another.
+    Arguments are SpeechBrain's, and so are the scores, with these exceptions: no utterance need
+    fill the batch's frames, utterances may have no frame, and hypotheses more tokens than frames;
+    what is beyond an utterance's end never counts, whatever `blank_index` is; and if a search goes
+    on with a token that was no candidate, its state is its own and not that of another.
 
     With `ctc_window_size` the frames that count depend on all utterances of a batch, as in
     SpeechBrain.
@@ -105,9 +105,9 @@ class CTCScorer(stock.CTCScorer):
 class _PrefixScore:
     """The search of a batch; what SpeechBrain's scorer calls, as its ``CTCPrefixScore``.
 
-    Its memory is, after a step, the state of the hypotheses, the log-probabilities of all that begins
-    with them and a token (psi), their last tokens and the window; after a permutation, the state
-    and psi [N, 1] of the chosen.
+    Its memory is, after a step, the state of the hypotheses, the log-probabilities of all that
+    begins with them and a token (psi), their last tokens and the window; after a permutation, the
+    state and psi [N, 1] of the chosen.
     """
 
     minus_inf = LOG_ZERO  # SpeechBrain's ScorerBuilder reads it
@@ -187,3 +187,37 @@ def _checked(name, index, vocabulary):
     if not isinstance(index, int) or not -vocabulary <= index < vocabulary:
         raise ValueError(f"{name} must be an int below {vocabulary}, but is {index!r}")
     return index % vocabulary
+
+
+def build(ctc_scorer_class, **arguments):
+    """Build a CTC scorer of a class that a YAML has under a key of its own.
+
+    Arguments
+    ---------
+    ctc_scorer_class : type
+        :class:`CTCScorer`, or SpeechBrain's.
+    **arguments
+        Of its constructor.
+
+    Returns
+    -------
+    speechbrain.decoders.scorer.BaseScorerInterface
+
+    Raises
+    ------
+    ValueError
+        If `ctc_scorer_class` is not a class of scorers.
+
+    Example
+    -------
+    >>> build(CTCScorer, ctc_fc=torch.nn.Identity(), blank_index=0, eos_index=2).eos_index
+    2
+    """
+    is_scorer = isinstance(ctc_scorer_class, type) and issubclass(
+        ctc_scorer_class, stock.BaseScorerInterface
+    )
+    if not is_scorer:
+        raise ValueError(
+            f"ctc_scorer_class must be a class of scorers, but is {ctc_scorer_class!r}"
+        )
+    return ctc_scorer_class(**arguments)
