@@ -1,8 +1,9 @@
-"""SLi-GRU and Li-GRU encoders, the CRDNN around them, and an attention decoder, for SpeechBrain.
+"""SLi-GRU and Li-GRU encoders, the CRDNN around them, an attention decoder and a CTC scorer.
 
-They run on compiled kernels. Importing this package, `sb_fast_sligru.ops` included, needs torch
-alone. `SLiGRU`, `LiGRU`, `CRDNN` and `AttentionalRNNDecoder` subclass SpeechBrain's modules and
-import SpeechBrain when they are first asked for. `SyncBatchNorm` replaces PyTorch's.
+They are for SpeechBrain, and run on compiled kernels. Importing this package, `sb_fast_sligru.ops`
+included, needs torch alone. `SLiGRU`, `LiGRU`, `CRDNN`, `AttentionalRNNDecoder` and `CTCScorer`
+subclass SpeechBrain's classes and import SpeechBrain when they are first asked for. `SyncBatchNorm`
+replaces PyTorch's.
 """
 
 import importlib
@@ -15,6 +16,7 @@ __version__ = "0.2.0"
 __all__ = [
     "CRDNN",
     "AttentionalRNNDecoder",
+    "CTCScorer",
     "LiGRU",
     "SLiGRU",
     "SyncBatchNorm",
@@ -24,8 +26,13 @@ __all__ = [
 
 
 def __getattr__(name):
-    modules = {"SLiGRU": "rnn", "LiGRU": "rnn", "CRDNN": "crdnn"}
-    module = (modules | {"AttentionalRNNDecoder": "decoder"}).get(name)
+    module = {
+        "SLiGRU": "rnn",
+        "LiGRU": "rnn",
+        "CRDNN": "crdnn",
+        "AttentionalRNNDecoder": "decoder",
+        "CTCScorer": "ctc_scorer",
+    }.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -6,6 +6,12 @@ kernel. `backend` forces that choice for all of them.
 
 from ._attention_decoder import attention_decoder, choose_decoder_backend
 from ._backends import BACKENDS, Gpu, backend, gpu
+from ._ctc_prefix import (
+    choose_ctc_prefix_backend,
+    ctc_prefix_extend,
+    ctc_prefix_scores,
+    ctc_prefix_start,
+)
 from ._light_gru import Choice, choose_backend, choose_kernel, light_gru
 from ._norm_pool import choose_norm_pool_backend, norm_pool
 
@@ -16,9 +22,13 @@ __all__ = [
     "attention_decoder",
     "backend",
     "choose_backend",
+    "choose_ctc_prefix_backend",
     "choose_decoder_backend",
     "choose_kernel",
     "choose_norm_pool_backend",
+    "ctc_prefix_extend",
+    "ctc_prefix_scores",
+    "ctc_prefix_start",
     "gpu",
     "light_gru",
     "norm_pool",

@@ -1,8 +1,19 @@
 """The operators as plain PyTorch: what compiled kernels are tested against, and the fallback."""
 
 from ._attention_decoder import attention_decoder
+from ._ctc_prefix import LOG_ZERO, ctc_prefix_extend, ctc_prefix_scores, ctc_prefix_start
 from ._error import relative_error
 from ._light_gru import ACTIVATIONS, light_gru
 from ._norm_pool import norm_pool
 
-__all__ = ["ACTIVATIONS", "attention_decoder", "light_gru", "norm_pool", "relative_error"]
+__all__ = [
+    "ACTIVATIONS",
+    "LOG_ZERO",
+    "attention_decoder",
+    "ctc_prefix_extend",
+    "ctc_prefix_scores",
+    "ctc_prefix_start",
+    "light_gru",
+    "norm_pool",
+    "relative_error",
+]

@@ -445,6 +445,19 @@ def test_decoder_class_can_be_overridden(seq2seq_exported, audio):
     assert transcribed(ours, audio) == transcribed(stock, audio)
 
 
+def test_ctc_scorer_class_can_be_overridden(seq2seq_exported, audio):
+    ours = load_recogniser(seq2seq_exported, "cpu")
+    stock = EncoderDecoderASR.from_hparams(
+        source=str(seq2seq_exported),
+        overrides="ctc_scorer_class: !name:speechbrain.decoders.scorer.CTCScorer",
+        run_opts={"device": "cpu"},
+    )
+    scorers = [asr.mods.decoder.scorer.partial_scorers["ctc"] for asr in (ours, stock)]
+    modules = [type(scorer).__module__ for scorer in scorers]
+    assert modules == ["sb_fast_sligru.ctc_scorer", "speechbrain.decoders.scorer"]
+    assert transcribed(ours, audio) == transcribed(stock, audio)
+
+
 def test_keys_of_an_inference_folder_can_be_overridden(seq2seq_exported):
     """Where what is built of them only refers to them."""
     asr = EncoderDecoderASR.from_hparams(

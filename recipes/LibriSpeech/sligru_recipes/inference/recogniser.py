@@ -14,6 +14,7 @@ from ..device import check_device
 KNOWN = {
     "sb_fast_sligru.AttentionalRNNDecoder",
     "sb_fast_sligru.CRDNN",
+    "sb_fast_sligru.CTCScorer",
     "sb_fast_sligru.LiGRU",
     "sb_fast_sligru.SLiGRU",
     "sentencepiece.SentencePieceProcessor",
@@ -48,8 +49,12 @@ KNOWN = {
         for activation in "ELU GELU Hardtanh LeakyReLU Mish PReLU ReLU SELU SiLU Tanh".split()
     ),
 }
-# Which take no other class than a module's.
-CALLED = {"!apply:sb_fast_sligru.crdnn.build", "!apply:sb_fast_sligru.decoder.build"}
+# Which take no other class than a module's or a scorer's.
+CALLED = {
+    "!apply:sb_fast_sligru.crdnn.build",
+    "!apply:sb_fast_sligru.ctc_scorer.build",
+    "!apply:sb_fast_sligru.decoder.build",
+}
 PLAIN = {"map", "seq", "str", "int", "float", "bool", "null"}  # of the YAML standard
 
 
