@@ -1,4 +1,4 @@
-"""What bench_decoder.py and bench_cnn.py share: alternating rounds, result files, the command line.
+"""What benchmarks of one part share: alternating rounds, result files, the command line.
 
 In each round every contender runs in turn, warmed up, so that what else the machine does meets all
 alike. The tables have the median of all passes and the least one; gains are ratios of the least,
@@ -59,6 +59,8 @@ class Bench:
     tiny: dict  # fields of a case that only shows that everything runs
     contenders: tuple
     make: Callable  # (name, case, precision) -> a Contender
+    passes: tuple = PASSES
+    per: str | None = None  # field of a case: the tables have the time of a pass over it
 
 
 class Contender:
@@ -70,7 +72,7 @@ class Contender:
 
     def function(self, which):
         """What is timed, warmed up."""
-        function = {"forward": self.forward, "training": self.training}[which]
+        function = getattr(self, which)
         if self.name.endswith("-graph"):
             function = capture(function)
         time_passes(function, 2, self.device)
@@ -129,15 +131,18 @@ def markdown(bench, results):
     parts = [f"# {bench.title}: times and memory", bench_report.describe_runs(results["runs"])]
     for case in dict.fromkeys(row["case"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["case"] == case]
-        parts.append(f"## Case {case}: {bench.sizes.format(**rows[0])}\n\n" + table(rows))
+        parts.append(
+            f"## Case {case}: {bench.sizes.format(**rows[0])}\n\n" + table(rows, bench.per)
+        )
+    over = f" over the number of {bench.per}" if bench.per else ""
     parts.append(
-        "Milliseconds of a pass, median / least of all rounds, in which the contenders take turns; "
-        "the gain is the ratio of SpeechBrain's least to ours."
+        f"Milliseconds of a pass{over}, median / least of all rounds, in which the contenders take "
+        "turns; the gain is the ratio of SpeechBrain's least to ours."
     )
     return "\n\n".join(parts) + "\n"
 
 
-def table(rows):
+def table(rows, per):
     body = []
     for row in rows:
         cells = [row["contender"], row["precision"], row["pass"]]
@@ -150,7 +155,8 @@ def table(rows):
             if same and other["contender"] == "ours" and other["status"] == "measured":
                 gain = number(row["least_ms"] / other["least_ms"])
         peak = row["peak_bytes"]
-        times = f"{number(row['median_ms'])} / {number(row['least_ms'])}"
+        count = row[per] if per else 1
+        times = f"{number(row['median_ms'] / count)} / {number(row['least_ms'] / count)}"
         memory = "" if peak is None else number(peak / 2**20)
         body.append([*cells, times, gain, memory, row["backend"] or ""])
     headers = [
@@ -174,7 +180,7 @@ def make_parser(bench):
         "--contenders", nargs="+", choices=bench.contenders, default=list(bench.contenders)
     )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS)
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--passes", nargs="+", choices=bench.passes, default=list(bench.passes))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--output", type=Path, metavar="DIR", default=ROOT / "benchmarks" / "results"
