@@ -11,12 +11,18 @@ from . import ops
 from .ops import backend
 
 __version__ = "0.2.0"
-__all__ = ["CRDNN", "AttentionalRNNDecoder", "LiGRU", "SLiGRU", "backend", "ops"]
+__all__ = ["CRDNN", "AttentionalRNNDecoder", "LiGRU", "S2SRNNBeamSearcher", "SLiGRU", "backend", "ops"]
 
 
 def __getattr__(name):
-    modules = {"SLiGRU": "rnn", "LiGRU": "rnn", "CRDNN": "crdnn"}
-    module = (modules | {"AttentionalRNNDecoder": "decoder"}).get(name)
+    modules = {
+        "SLiGRU": "rnn",
+        "LiGRU": "rnn",
+        "CRDNN": "crdnn",
+        "AttentionalRNNDecoder": "decoder",
+        "S2SRNNBeamSearcher": "search",
+    }
+    module = modules.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
