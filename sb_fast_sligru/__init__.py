@@ -1,8 +1,8 @@
-"""SLi-GRU and Li-GRU encoders, the CRDNN around them, and an attention decoder, for SpeechBrain.
+"""SLi-GRU and Li-GRU encoders, the CRDNN around them, an attention decoder, and its searches.
 
-They run on compiled kernels. Importing this package, `sb_fast_sligru.ops` included, needs torch
-alone. `SLiGRU`, `LiGRU`, `CRDNN` and `AttentionalRNNDecoder` subclass SpeechBrain's modules and
-import SpeechBrain when they are first asked for.
+For SpeechBrain, on compiled kernels. Importing this package, `sb_fast_sligru.ops` included, needs
+torch alone. The classes subclass SpeechBrain's modules and import SpeechBrain when they are first
+asked for.
 """
 
 import importlib
@@ -11,7 +11,16 @@ from . import ops
 from .ops import backend
 
 __version__ = "0.2.0"
-__all__ = ["CRDNN", "AttentionalRNNDecoder", "LiGRU", "S2SRNNBeamSearcher", "SLiGRU", "backend", "ops"]
+__all__ = [
+    "CRDNN",
+    "AttentionalRNNDecoder",
+    "LiGRU",
+    "S2SRNNBeamSearcher",
+    "S2SRNNGreedySearcher",
+    "SLiGRU",
+    "backend",
+    "ops",
+]
 
 
 def __getattr__(name):
@@ -21,6 +30,7 @@ def __getattr__(name):
         "CRDNN": "crdnn",
         "AttentionalRNNDecoder": "decoder",
         "S2SRNNBeamSearcher": "search",
+        "S2SRNNGreedySearcher": "search",
     }
     module = modules.get(name)
     if module is None:

@@ -23,6 +23,8 @@ scorer's `ctc_window_size` is around the attention of all hypotheses), rounding 
 the outputs' relative lengths and padding.
 """
 
+import inspect
+
 import numpy as np
 import torch
 
@@ -31,7 +33,7 @@ from ._stock import seq2seq as stock
 from .decoder import obstacle_of
 from .ops._backends import forced_backend, warn_once
 
-__all__ = ["S2SRNNBeamSearcher"]
+__all__ = ["S2SRNNBeamSearcher", "S2SRNNGreedySearcher"]
 
 
 class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
@@ -41,19 +43,19 @@ class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
 
     Example
     -------
+    >>> from speechbrain.nnet.linear import Linear
     >>> from sb_fast_sligru import AttentionalRNNDecoder
     >>> sizes = {"hidden_size": 7, "attn_dim": 5, "num_layers": 1, "enc_dim": 20, "input_size": 6}
     >>> search = S2SRNNBeamSearcher(
     ...     embedding=torch.nn.Embedding(9, 6),
     ...     decoder=AttentionalRNNDecoder("gru", "location", channels=2, kernel_size=3, **sizes),
-    ...     linear=torch.nn.Linear(7, 9),
+    ...     linear=Linear(input_size=7, n_neurons=9),
     ...     bos_index=1,
     ...     eos_index=2,
     ...     min_decode_ratio=0.0,
     ...     max_decode_ratio=1.0,
     ...     beam_size=4,
     ... )
-    >>> search.set_n_out = lambda: 9  # a speechbrain.nnet.linear.Linear tells it itself
     >>> len(search(torch.rand(3, 10, 20), torch.ones(3))[0])
     3
     """
@@ -126,9 +128,9 @@ class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
         limits = [_limits(self, count) for count in frames]
         least = [limit[0] for limit in limits]
         found = _Hypotheses([limit[1] for limit in limits], self.beam_size, self.n_out)
-        scores, log_probs = [], []
+        scores, of_tokens = [], []
         if not found.is_searching.any():
-            return found.best(self, scores, log_probs)
+            return found.best(self, scores, of_tokens)
 
         frames = [max(1, count) for count in frames]
         lengths = torch.tensor(frames, device=self.device, dtype=torch.int)
@@ -136,44 +138,158 @@ class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
         scorer_memory = None
         if self.scorer is not None:
             scorer_memory = self.scorer.reset_scorer_mem(states, lengths)
-        self.beam_offset = torch.arange(self.batch_size, device=self.device) * self.beam_size
+        first = torch.arange(self.batch_size, device=self.device)[:, None] * self.beam_size
         tokens = torch.full((self.n_bh,), self.bos_index, device=self.device)
-        peaks = torch.zeros(self.n_bh, device=self.device)
-        alive = self.init_hypotheses()
+        peaks = torch.zeros_like(tokens)
+        totals = torch.full((self.batch_size, self.beam_size, 1), -torch.inf, device=self.device)
+        totals[:, 0] = 0.0  # the others do not exist yet
         while found.is_searching.any():
-            count = len(scores)
-            decoded, attn = step(tokens, self.softmax)
-            weighted = self.attn_weight * decoded  # which the following change in place
-            weighted, peaks = self._max_attn_shift_step(attn, peaks, weighted)
-            self._forbid_eos(weighted, [count < each for each in least])
-            weighted = self._eos_threshold_step(weighted)
-            weighted, scorer_memory = self._scorer_step(tokens, scorer_memory, attn, weighted)
-            new_scores, candidates, predecessors, tokens, alive = (
-                self._compute_scores_and_next_inp_tokens(alive, weighted, count)
-            )
+            logits, attn = step(tokens)
+            decoded = self.softmax(logits / self.temperature)
+            log_probs = self.attn_weight * decoded  # which the following change in place
+            if self.using_max_attn_shift:
+                peaks = self._forbid_far_attention(log_probs, attn, peaks)
+            self._forbid_eos(log_probs, [len(scores) < count for count in least])
+            log_probs, scorer_memory = self._scorer_step(tokens, scorer_memory, attn, log_probs)
+            totals = totals + log_probs.reshape(self.batch_size, self.beam_size, self.n_out)
+            # Of one length are all, so that length normalisation would choose the same.
+            totals, candidates = totals.flatten(1).topk(self.beam_size, -1)
+            predecessors = candidates.div(self.n_out, rounding_mode="floor").add_(first).view(-1)
+            tokens = (candidates % self.n_out).view(-1)
             step.permute(predecessors)
             scorer_memory = self._scorer_permute_memory_step(
                 scorer_memory, predecessors, candidates
             )
             peaks = self._max_attn_shift_permute_memory_step(peaks, predecessors)
-            # Not in place: without length normalisation they are the scores.
-            alive.sequence_scores = alive.sequence_scores.masked_fill(
-                tokens == self.eos_index, -torch.inf
-            )
-            scores.append(new_scores)
-            log_probs.append(decoded.view(self.batch_size, -1).gather(1, candidates).view(-1))
+            scores.append(totals)
+            of_tokens.append(decoded.view(self.batch_size, -1).gather(1, candidates))
+            is_eos = (tokens == self.eos_index).view_as(totals)
+            totals = totals.masked_fill(is_eos, -torch.inf).unsqueeze(2)
             found.add(candidates.cpu().numpy(), self.eos_index)
-        return found.best(self, scores, log_probs)
+        return found.best(self, scores, of_tokens)
+
+    def _forbid_far_attention(self, log_probs, attn, peaks):
+        """Forbid all tokens where the attention has jumped; returns its new peaks."""
+        new = attn.max(1).indices
+        shift = new - peaks
+        is_far = (shift > self.max_attn_shift) | (shift <= -self.max_attn_shift)
+        log_probs.masked_fill_(is_far.unsqueeze(1), self.minus_inf)
+        return new
 
     def _forbid_eos(self, log_probs, is_early):
-        """In the rows of utterances that have too few tokens yet."""
+        """Where an utterance has too few tokens yet, and where eos is not likely enough."""
+        eos = log_probs[:, self.eos_index]
         if all(is_early):
-            log_probs[:, self.eos_index] = self.minus_inf
+            eos.fill_(self.minus_inf)
         elif any(is_early):
             is_early = torch.tensor(is_early, device=self.device)
-            log_probs[:, self.eos_index].masked_fill_(
-                is_early.repeat_interleave(self.beam_size), self.minus_inf
-            )
+            eos.masked_fill_(is_early.repeat_interleave(self.beam_size), self.minus_inf)
+        if self.using_eos_threshold:
+            least = self.eos_threshold * log_probs.amax(-1)
+            eos.masked_fill_(eos <= least, self.minus_inf)
+
+
+class S2SRNNGreedySearcher(stock.S2SRNNGreedySearcher):
+    """Greedy search, a replacement of :class:`speechbrain.decoders.seq2seq.S2SRNNGreedySearcher`.
+
+    Arguments, defaults and outputs are SpeechBrain's.
+
+    Example
+    -------
+    >>> from speechbrain.nnet.linear import Linear
+    >>> from sb_fast_sligru import AttentionalRNNDecoder
+    >>> sizes = {"hidden_size": 7, "attn_dim": 5, "num_layers": 1, "enc_dim": 20, "input_size": 6}
+    >>> search = S2SRNNGreedySearcher(
+    ...     embedding=torch.nn.Embedding(9, 6),
+    ...     decoder=AttentionalRNNDecoder("gru", "location", channels=2, kernel_size=3, **sizes),
+    ...     linear=Linear(input_size=7, n_neurons=9),
+    ...     bos_index=1,
+    ...     eos_index=2,
+    ...     min_decode_ratio=0.0,
+    ...     max_decode_ratio=1.0,
+    ... )
+    >>> len(search(torch.rand(3, 10, 20), torch.ones(3))[0])
+    3
+    """
+
+    @torch.no_grad()
+    def forward(self, enc_states, wav_len, attention_mask=None):
+        """Search the hypotheses of a batch.
+
+        Arguments
+        ---------
+        enc_states : torch.Tensor
+            Encoder states, [B, T, enc_dim]; B and T may be 0.
+        wav_len : torch.Tensor
+            Lengths of the utterances as fractions of T, [B], from 0 to 1. One that rounds to no
+            frame, or whose frames allow no token, has the empty hypothesis.
+        attention_mask : torch.Tensor, optional
+            For searches with other decoders, ignored as in SpeechBrain's.
+
+        Returns
+        -------
+        hyps : list of list of int
+            Without eos.
+        lengths : torch.Tensor
+            Tokens without eos as fractions of N, [B, 1].
+        scores : torch.Tensor
+            Of each token, [B, 1, N]; 0 from eos on.
+        log_probs : torch.Tensor
+            [B, 1, N, vocabulary] float32, -inf from eos on.
+
+        Raises
+        ------
+        ValueError
+            If a shape or length is not one of those above.
+        """
+        name, reason = self.choose_backend()
+        if name == "reference":
+            if reason != "forced":
+                warn_once(reason, "SpeechBrain's search (same results)")
+            return super().forward(enc_states, wav_len, attention_mask)
+        frames = _frames(self, enc_states, wav_len)
+        limits = [_limits(self, count) for count in frames]
+        limits = [most - least for least, most in limits]  # SpeechBrain counts from the least
+        log_probs = self._search(enc_states[:, : max(frames, default=0)], frames, limits)
+        scores, predictions = log_probs.max(-1)
+        is_over = scores == -torch.inf
+        scores.masked_fill_(is_over, 0.0)
+        predictions.masked_fill_(is_over, self.eos_index)
+        tokens = (predictions == self.eos_index).cumsum(1).eq(0).sum(1).tolist()
+        hyps = [hyp[:n] for hyp, n in zip(predictions.tolist(), tokens, strict=True)]
+        lengths = torch.tensor(tokens, dtype=torch.float, device=scores.device)
+        lengths = lengths / max(1, scores.shape[1])
+        return hyps, lengths.unsqueeze(1), scores.unsqueeze(1), log_probs.unsqueeze(1)
+
+    def choose_backend(self):
+        """What serves a search now, and why; as that of :class:`S2SRNNBeamSearcher`."""
+        return _choose(self, stock.S2SRNNGreedySearcher)
+
+    def _search(self, states, frames, limits):
+        """Log-probabilities, [B, N, vocabulary], -inf where a hypothesis has ended."""
+        batch, longest = len(frames), max(limits, default=0)
+        if longest <= 0:
+            return torch.zeros(batch, 0, self.set_n_out(), device=states.device)
+        step = _Step(self, states, [max(1, count) for count in frames], 1)
+        tokens = torch.full((batch,), self.bos_index, device=states.device)
+        has_ended = torch.zeros(batch, dtype=torch.bool, device=states.device)
+        ends = torch.tensor(limits, device=states.device)
+        found = []
+        for count in range(longest):
+            logits, _ = step(tokens)
+            if self.temperature == 0:
+                tokens = logits.argmax(-1)
+            else:
+                tokens = torch.distributions.Categorical(logits=logits / self.temperature).sample()
+            has_ended = has_ended | (tokens == self.eos_index)
+            if count >= min(limits):
+                has_ended |= ends <= count
+            tokens = tokens.masked_fill(has_ended, self.eos_index)
+            log_probs = torch.log_softmax(logits.float(), -1)
+            found.append(log_probs.masked_fill_(has_ended.unsqueeze(1), -torch.inf))
+            if has_ended.all():
+                break
+        return torch.stack(found, 1)
 
 
 class _Step:
@@ -183,20 +299,19 @@ class _Step:
         self.search, self.decoder = search, search.dec
         self.decoder.attn.reset()  # which SpeechBrain's search would fill
         self.attention = SharedAttention(self.decoder.attn, states, frames, beam)
-        sizes = (self.decoder.attn_dim, self.decoder.hidden_size)
-        self.sizes = sizes
         # Context and hidden state side by side: the output layer and `permute` take both.
-        self.state = self.attention.keys.new_zeros(len(states) * beam, sum(sizes))
+        self.sizes = (self.decoder.attn_dim, self.decoder.hidden_size)
+        self.state = self.attention.keys.new_zeros(len(states) * beam, sum(self.sizes))
 
-    def __call__(self, tokens, normalise):
-        """Log-probabilities of the next token, and the attention."""
+    def __call__(self, tokens):
+        """What the output layer says of the next token, [B * beam, n_out], and the attention."""
         search, decoder = self.search, self.decoder
         context, hidden = self.state.split(self.sizes, 1)
         inputs = decoder.drop(torch.cat([search.emb(tokens), context], 1))
         hidden = decoder.rnn.rnn_cells[0](inputs, hidden)
         context, weights = self.attention(hidden)
         self.state = torch.cat([context, hidden], 1)
-        return normalise(search.fc(decoder.proj(self.state)) / search.temperature), weights
+        return search.fc(decoder.proj(self.state)), weights
 
     def permute(self, index):
         """Let hypothesis i be what index[i] was."""
@@ -260,7 +375,7 @@ class _Hypotheses:
         ---------
         search : S2SRNNBeamSearcher
         scores, log_probs : list of torch.Tensor
-            [B * beam] of each step.
+            [B, beam] of each step.
         """
         device, (batch, beam) = search.device, self.step.shape
         longest = self.step.max(initial=-1) + 1
@@ -272,7 +387,10 @@ class _Hypotheses:
         if scores:
             where = (self.step * batch + np.arange(batch)[:, None]) * beam + self.place
             where, exists = (torch.from_numpy(x).to(device) for x in (where * exists, exists))
-            final = torch.where(exists, torch.stack(scores).view(-1)[where], final)
+            found = torch.stack(scores).view(-1)[where]
+            if search.length_normalization:
+                found = found / torch.from_numpy(self.step + 1).to(device)
+            final = torch.where(exists, found, final)
         final, order = final.topk(search.topk, dim=-1)
 
         order = order.cpu().numpy()
@@ -298,26 +416,24 @@ def _choose(search, kind):
     """What serves a search, and why; `kind` is SpeechBrain's class of it."""
     if forced_backend() == "reference":
         return "reference", "forced"
-    ours = next(cls for cls in type(search).__mro__ if cls.__module__ == __name__)
-    for name in dir(kind):
-        if name in _METHODS[kind]:
-            found = getattr(type(search), name)
-            if name in search.__dict__ or found is not getattr(ours, name):
-                return "reference", f"{name} of the search is not SpeechBrain's"
+    for name in _METHODS[kind]:
+        if getattr(type(search), name) is not getattr(kind, name) or name in search.__dict__:
+            return "reference", f"{name} of the search is not SpeechBrain's"
     obstacle = obstacle_of(search.dec)
     if not obstacle and getattr(search, "attn_weight", 1.0) <= 0:
         obstacle = "the search is without the decoder's scores"
     return ("reference", obstacle) if obstacle else ("shared", "the fastest")
 
 
+# SpeechBrain's class -> its methods, which our loops call or stand in for.
 _METHODS = {
-    kind: {
+    kind: sorted(
         name
         for cls in kind.__mro__
         if cls.__module__ == kind.__module__
         for name in vars(cls)
-        if callable(getattr(cls, name)) and name not in ("__init__", "forward", "set_n_out")
-    }
+        if inspect.isfunction(getattr(cls, name)) and name not in ("__init__", "forward")
+    )
     for kind in (stock.S2SRNNBeamSearcher, stock.S2SRNNGreedySearcher)
 }
 
