@@ -27,13 +27,15 @@ import inspect
 
 import numpy as np
 import torch
+from torch.distributions import Categorical
 
+from ._parts import build_module
 from ._shared_attention import SharedAttention
 from ._stock import seq2seq as stock
 from .decoder import obstacle_of
 from .ops._backends import forced_backend, warn_once
 
-__all__ = ["S2SRNNBeamSearcher", "S2SRNNGreedySearcher"]
+__all__ = ["S2SRNNBeamSearcher", "S2SRNNGreedySearcher", "build"]
 
 
 class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
@@ -280,7 +282,8 @@ class S2SRNNGreedySearcher(stock.S2SRNNGreedySearcher):
             if self.temperature == 0:
                 tokens = logits.argmax(-1)
             else:
-                tokens = torch.distributions.Categorical(logits=logits / self.temperature).sample()
+                scaled = Categorical(logits=logits / self.temperature, validate_args=False)
+                tokens = scaled.sample()
             has_ended = has_ended | (tokens == self.eos_index)
             if count >= min(limits):
                 has_ended |= ends <= count
@@ -290,6 +293,28 @@ class S2SRNNGreedySearcher(stock.S2SRNNGreedySearcher):
             if has_ended.all():
                 break
         return torch.stack(found, 1)
+
+
+def build(search_class, **arguments):
+    """Build a search of a class that a YAML has under a key of its own.
+
+    Arguments
+    ---------
+    search_class : type
+        :class:`S2SRNNBeamSearcher`, :class:`S2SRNNGreedySearcher`, or SpeechBrain's.
+    **arguments
+        Of its constructor.
+
+    Returns
+    -------
+    torch.nn.Module
+
+    Raises
+    ------
+    ValueError
+        If `search_class` is not a class of modules.
+    """
+    return build_module("search_class", search_class, arguments)
 
 
 class _Step:

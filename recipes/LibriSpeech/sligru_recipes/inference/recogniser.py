@@ -15,6 +15,7 @@ KNOWN = {
     "sb_fast_sligru.AttentionalRNNDecoder",
     "sb_fast_sligru.CRDNN",
     "sb_fast_sligru.LiGRU",
+    "sb_fast_sligru.S2SRNNBeamSearcher",
     "sb_fast_sligru.SLiGRU",
     "sentencepiece.SentencePieceProcessor",
     "speechbrain.dataio.preprocess.AudioNormalizer",
@@ -49,7 +50,7 @@ KNOWN = {
     ),
 }
 # Which take no other class than a module's.
-CALLED = {"!apply:sb_fast_sligru.crdnn.build", "!apply:sb_fast_sligru.decoder.build"}
+CALLED = {f"!apply:sb_fast_sligru.{module}.build" for module in ("crdnn", "decoder", "search")}
 PLAIN = {"map", "seq", "str", "int", "float", "bool", "null"}  # of the YAML standard
 
 
