@@ -100,7 +100,8 @@ class SharedAttention:
 def _chunks(batch, beam, values, device):
     """Slices of utterances and of their hypotheses, of `values` numbers each."""
     most = max(1, MAX_VALUES.get(device, MAX_VALUES["cuda"]) // values)
-    rows, columns = max(1, most // beam), min(most, beam)
+    rows, parts = max(1, most // beam), -(-beam // most)
+    columns = -(-beam // parts)
     return [
         (slice(row, row + rows), slice(column, column + columns))
         for row in range(0, batch, rows)

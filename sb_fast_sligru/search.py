@@ -128,7 +128,6 @@ class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
         self.n_bh = self.batch_size * self.beam_size
         self.n_out = self.set_n_out()
         limits = [_limits(self, count) for count in frames]
-        least = [limit[0] for limit in limits]
         found = _Hypotheses([limit[1] for limit in limits], self.beam_size, self.n_out)
         scores, of_tokens = [], []
         if not found.is_searching.any():
@@ -140,6 +139,9 @@ class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
         scorer_memory = None
         if self.scorer is not None:
             scorer_memory = self.scorer.reset_scorer_mem(states, lengths)
+        latest = max(limit[0] for limit in limits)
+        least = torch.tensor([limit[0] for limit in limits], device=self.device)
+        least = least.repeat_interleave(self.beam_size)
         first = torch.arange(self.batch_size, device=self.device)[:, None] * self.beam_size
         tokens = torch.full((self.n_bh,), self.bos_index, device=self.device)
         peaks = torch.zeros_like(tokens)
@@ -151,7 +153,7 @@ class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
             log_probs = self.attn_weight * decoded  # which the following change in place
             if self.using_max_attn_shift:
                 peaks = self._forbid_far_attention(log_probs, attn, peaks)
-            self._forbid_eos(log_probs, [len(scores) < count for count in least])
+            self._forbid_eos(log_probs, least > len(scores) if len(scores) < latest else None)
             log_probs, scorer_memory = self._scorer_step(tokens, scorer_memory, attn, log_probs)
             totals = totals + log_probs.reshape(self.batch_size, self.beam_size, self.n_out)
             # Of one length are all, so that length normalisation would choose the same.
@@ -181,11 +183,8 @@ class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
     def _forbid_eos(self, log_probs, is_early):
         """Where an utterance has too few tokens yet, and where eos is not likely enough."""
         eos = log_probs[:, self.eos_index]
-        if all(is_early):
-            eos.fill_(self.minus_inf)
-        elif any(is_early):
-            is_early = torch.tensor(is_early, device=self.device)
-            eos.masked_fill_(is_early.repeat_interleave(self.beam_size), self.minus_inf)
+        if is_early is not None:
+            eos.masked_fill_(is_early, self.minus_inf)
         if self.using_eos_threshold:
             least = self.eos_threshold * log_probs.amax(-1)
             eos.masked_fill_(eos <= least, self.minus_inf)
