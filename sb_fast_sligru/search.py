@@ -432,7 +432,7 @@ class _Hypotheses:
             positions = torch.from_numpy(positions).to(device)
             values = search.attn_weight * torch.stack(log_probs).view(-1)
             chosen = torch.where(positions < 0, 0.0, values[positions.clamp_min(0)])
-        lengths = torch.from_numpy(np.maximum(step, 0)).to(device).float() / max(1, longest)
+        lengths = torch.from_numpy(np.maximum(step, 0)).to(device, torch.float32) / max(1, longest)
         return torch.from_numpy(hyps).to(device), lengths, final, chosen
 
 

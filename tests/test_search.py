@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from fuzz import draw_cases
 from speechbrain.decoders import seq2seq as stock
 from speechbrain.decoders.scorer import (
     CoverageScorer,
@@ -285,6 +286,45 @@ def test_other_dtypes(dtype):
     assert dtype == torch.bfloat16 or found[0] == expected[0]
     rtol = 0.1 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(found[2].float(), expected[2], rtol=rtol, atol=rtol)
+
+
+def test_random_searches(capsys, double):
+    """Sizes, options, scorers and lengths drawn anew in every run; in float64 nothing is a tie."""
+    for random in draw_cases(capsys, "searches", 60):
+        vocabulary = random.choice([5, 11, 40])
+        beam = random.choice([beam for beam in (1, 2, 5, 8, 30) if beam <= vocabulary])
+        options = {
+            "beam_size": beam,
+            "temperature": random.choice([0.7, 1.0, 1.25, 2.0]),
+            "using_eos_threshold": random.random() < 0.5,
+            "eos_threshold": random.choice([1.0, 1.5, 3.0]),
+            "length_normalization": random.random() < 0.6,
+            "using_max_attn_shift": random.random() < 0.5,
+            "max_attn_shift": random.choice([1, 2, 5, 60]),
+            "min_decode_ratio": random.choice([0.0, 0.0, 0.2, 0.6]),
+            "max_decode_ratio": random.choice([0.4, 0.7, 1.0]),
+            "return_topk": random.random() < 0.5,
+            "topk": random.randint(1, beam),
+            "full": [name for name in ("coverage", "rnnlm") if random.random() < 0.4],
+            "partial": [],
+        }
+        if random.random() < 0.5:
+            options[random.choice(["full", "partial"])].append("ctc")
+        if not options["length_normalization"] and random.random() < 0.3:
+            options["full"].append("length")
+        sizes = {
+            "attn_dim": random.randint(1, 16),
+            "channels": random.randint(1, 4),
+            "kernel_size": random.randint(0, 12),
+        }
+        frames = sorted((random.randint(3, 25) for _ in range(random.randint(1, 4))), reverse=True)
+        print(vocabulary, options, sizes, frames)
+        model = Model(random.randrange(1000), vocabulary=vocabulary, **sizes)
+        with torch.no_grad():
+            model.parts["linear"].w.bias[EOS] += random.choice([-2, 0, 2, 5])
+        theirs, ours = model.pair(**options)
+        states, wav_len = make_states(frames, random.randrange(1000))
+        assert_same_as_alone(ours(states, wav_len), alone(theirs, states, wav_len))
 
 
 # Greedy search ----------------------------------------------------------------------------------
