@@ -357,7 +357,7 @@ class _Hypotheses:
 
     def __init__(self, limits, beam, n_out):
         batch = len(limits)
-        self.limits, self.beam, self.n_out = np.array(limits, dtype=int), beam, n_out
+        self.limits, self.beam, self.n_out = np.array(limits, dtype=int).clip(0), beam, n_out
         self.tokens, self.predecessors = [], []  # [B, beam] of each step
         self.is_searching = self.limits > 0
         self.is_alive = np.zeros((batch, beam), bool)  # others have ended, or never began
