@@ -8,8 +8,8 @@ et al. 2015, arXiv 1506.07503):
     w   = softmax(scaling e), 0 where t is padding
     c   = O (sum_t w_t x_t) + b_o
 
-tanh(z) is 2 sigmoid(2 z) - 1, and the softmax does not see the 1. PyTorch's sigmoid is faster than its
-tanh on a CPU, but in 16 bits would have fewer digits near 0.
+tanh(z) is 2 sigmoid(2 z) - 1, and the softmax does not see the 1. On a CPU PyTorch's sigmoid is the
+faster one, but in 16 bits it would have fewer digits near 0.
 """
 
 import torch
