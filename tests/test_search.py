@@ -21,8 +21,9 @@ from speechbrain.nnet.linear import Linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sb_fast_sligru
-from sb_fast_sligru import _shared_attention, search
+from sb_fast_sligru import _shared_attention
 from sb_fast_sligru.ops import _backends
+from sb_fast_sligru.search import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -726,8 +727,8 @@ def test_build():
     for package, name in itertools.product((stock, sb_fast_sligru), (BEAM, GREEDY)):
         options = {"beam_size": 3} if name == BEAM else {}
         cls = getattr(package, name)
-        found = search.build(cls, **model.parts, **ENDS, **options)
+        found = build(cls, **model.parts, **ENDS, **options)
         assert type(found) is cls and found.dec is model.parts["decoder"]
     for other in (print, BEAM, dict):
         with pytest.raises(ValueError, match="search_class must be a class of modules, but is"):
-            search.build(other)
+            build(other)
