@@ -207,6 +207,29 @@ def test_a_batch(options):
         assert_same(ours(states, wav_len), theirs(states, wav_len))
 
 
+@pytest.mark.parametrize("length_normalization", [True, False])
+def test_who_ends_in_the_last_step_is_there_twice(length_normalization):
+    """In SpeechBrain's lists, once without its score where lengths are not normalised."""
+    twice = 0
+    for seed in range(4):
+        model = Model(seed)
+        with torch.no_grad():
+            model.parts["linear"].w.bias[EOS] += 4
+        theirs, ours = model.pair(
+            beam_size=5,
+            topk=5,
+            return_topk=True,
+            using_eos_threshold=False,
+            length_normalization=length_normalization,
+            max_decode_ratio=0.07,
+        )
+        states, wav_len = make_states((16,), seed)
+        found = ours(states, wav_len)
+        assert_same(found, theirs(states, wav_len))
+        twice += 5 - len({tuple(hyp) for hyp in found[0][0].tolist()})
+    assert twice > 0
+
+
 def test_hypotheses_end_where_they_should():
     """What the tests above compare is not the same for all, and not the limit's."""
     lengths = set()
@@ -539,7 +562,7 @@ def test_fewer_hypotheses_than_asked_for():
     assert sorted(hyps[0, :5, 0].tolist()) == [0, 1, EOS, EOS, 3]
     assert torch.isfinite(scores[0, :5]).all()
     empty = scores[0] == -torch.inf
-    assert empty[5:].all() and not hyps[0][empty][:, 1:].any() and not lengths[0][empty].any()
+    assert empty[5:].all() and not hyps[0][empty].any() and not lengths[0][empty].any()
     assert log_probs.shape == (1, 9, 1)
 
 
