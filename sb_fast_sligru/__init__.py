@@ -1,9 +1,8 @@
-"""SLi-GRU and Li-GRU encoders, the CRDNN around them, an attention decoder and a CTC scorer.
+"""SLi-GRU and Li-GRU encoders, the CRDNN around them, an attention decoder, and its search.
 
-They are for SpeechBrain, and run on compiled kernels. Importing this package, `sb_fast_sligru.ops`
-included, needs torch alone. `SLiGRU`, `LiGRU`, `CRDNN`, `AttentionalRNNDecoder` and `CTCScorer`
-subclass SpeechBrain's classes and import SpeechBrain when they are first asked for. `SyncBatchNorm`
-replaces PyTorch's.
+For SpeechBrain, on compiled kernels. Importing this package, `sb_fast_sligru.ops` included, needs
+torch alone. The classes subclass SpeechBrain's and import SpeechBrain when they are first asked
+for; `SyncBatchNorm` replaces PyTorch's.
 """
 
 import importlib
@@ -18,6 +17,8 @@ __all__ = [
     "AttentionalRNNDecoder",
     "CTCScorer",
     "LiGRU",
+    "S2SRNNBeamSearcher",
+    "S2SRNNGreedySearcher",
     "SLiGRU",
     "SyncBatchNorm",
     "backend",
@@ -32,6 +33,8 @@ def __getattr__(name):
         "CRDNN": "crdnn",
         "AttentionalRNNDecoder": "decoder",
         "CTCScorer": "ctc_scorer",
+        "S2SRNNBeamSearcher": "search",
+        "S2SRNNGreedySearcher": "search",
     }.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,7 +52,7 @@ try:
     from speechbrain.nnet import RNN
 
     RNN.SLiGRU_Layer  # noqa: B018  not in SpeechBrain 1.0
-    from speechbrain.decoders import scorer  # noqa: F401
+    from speechbrain.decoders import scorer, seq2seq  # noqa: F401
     from speechbrain.lobes.models import CRDNN  # noqa: F401
     from speechbrain.nnet import CNN, containers, dropout, normalization, pooling  # noqa: F401
 except Exception as error:  # torchaudio raises OSError, RuntimeError and others

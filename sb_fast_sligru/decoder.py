@@ -90,7 +90,7 @@ class AttentionalRNNDecoder(stock.AttentionalRNNDecoder):
         """
         _check(inp_tensor, enc_states, wav_len)
         name, reason = self.choose_backend(enc_states.device)
-        if name == "reference" and (reason != "forced" or self._obstacle()):
+        if name == "reference" and (reason != "forced" or obstacle_of(self)):
             if reason != "forced":
                 warn_once(reason)
             return super().forward(inp_tensor, enc_states, wav_len)
@@ -153,7 +153,7 @@ class AttentionalRNNDecoder(stock.AttentionalRNNDecoder):
         RuntimeError
             If a backend is forced that cannot serve this decoder.
         """
-        obstacle = self._obstacle()
+        obstacle = obstacle_of(self)
         if obstacle:
             return choose(torch.device(device), dict.fromkeys(ops.BACKENDS, obstacle))
         device, weight = torch.device(device), self.attn.conv_loc.weight
@@ -162,43 +162,52 @@ class AttentionalRNNDecoder(stock.AttentionalRNNDecoder):
             dtype = torch.get_autocast_dtype(device.type)
         return ops.choose_decoder_backend(device, dtype, weight.shape[0], weight.shape[2])
 
-    def _obstacle(self):
-        """Tell what the operator cannot stand in for, "" if there is nothing."""
-        for name, only in {"rnn_type": "gru", "attn_type": "location", "num_layers": 1}.items():
-            value = getattr(self, name)
-            if value != only:
-                return f"{name} of the decoder is {value}, the kernels need {only}"
-        step = stock.AttentionalRNNDecoder.forward_step
-        if type(self).forward_step is not step or "forward_step" in self.__dict__:
-            return "forward_step of the decoder is not SpeechBrain's"
-        parts = {
-            "drop": (self.drop, nn.Dropout),
-            "proj": (self.proj, nn.Linear),
-            "rnn": (self.rnn, stock.GRUCell),
-            "attn": (self.attn, stock.LocationAwareAttention),
-        }
-        for name, (part, kind) in parts.items():
-            if not is_plain(part, kind):
-                return not_plain(f"{name} of the decoder", part, f"a {kind.__name__}")
-        attn = self.attn
-        parts = {f"attn.{name}": (getattr(attn, name), nn.Linear, True) for name in _LINEARS}
-        parts["attn.mlp_attn"] = (attn.mlp_attn, nn.Linear, False)
-        parts["attn.conv_loc"] = (attn.conv_loc, nn.Conv1d, False)
-        parts["attn.softmax"] = (attn.softmax, nn.Softmax, None)
-        parts["rnn.rnn_cells.0"] = (self.rnn.rnn_cells[0], nn.GRUCell, None)
-        for name, (part, kind, has_bias) in parts.items():
-            if not is_plain(part, kind):
-                return not_plain(f"{name} of the decoder", part, f"a {kind.__name__}")
-            if has_bias is not None and (part.bias is not None) != has_bias:
-                return f"{name} of the decoder has {'no' if has_bias else 'a'} bias"
-        return ""
-
     def _draw_mask(self, inp_tensor):
         """Draw dropout masks of all inputs of the cell, [B, N, input_size + attn_dim], or None."""
         if not self.drop.training or self.drop.p == 0:
             return None
         batch, tokens, features = inp_tensor.shape
         return self.drop(inp_tensor.new_ones(batch, tokens, features + self.attn_dim))
+
+
+def obstacle_of(decoder):
+    """Tell what our code cannot stand in for in a decoder, "" if there is nothing.
+
+    Arguments
+    ---------
+    decoder : torch.nn.Module
+        SpeechBrain's AttentionalRNNDecoder, or ours.
+    """
+    if not isinstance(decoder, stock.AttentionalRNNDecoder):
+        return f"the decoder is {type(decoder).__module__}.{type(decoder).__qualname__}"
+    for name, only in {"rnn_type": "gru", "attn_type": "location", "num_layers": 1}.items():
+        value = getattr(decoder, name)
+        if value != only:
+            return f"{name} of the decoder is {value}, the kernels need {only}"
+    step = stock.AttentionalRNNDecoder.forward_step
+    if type(decoder).forward_step is not step or "forward_step" in decoder.__dict__:
+        return "forward_step of the decoder is not SpeechBrain's"
+    parts = {
+        "drop": (decoder.drop, nn.Dropout),
+        "proj": (decoder.proj, nn.Linear),
+        "rnn": (decoder.rnn, stock.GRUCell),
+        "attn": (decoder.attn, stock.LocationAwareAttention),
+    }
+    for name, (part, kind) in parts.items():
+        if not is_plain(part, kind):
+            return not_plain(f"{name} of the decoder", part, f"a {kind.__name__}")
+    attn = decoder.attn
+    parts = {f"attn.{name}": (getattr(attn, name), nn.Linear, True) for name in _LINEARS}
+    parts["attn.mlp_attn"] = (attn.mlp_attn, nn.Linear, False)
+    parts["attn.conv_loc"] = (attn.conv_loc, nn.Conv1d, False)
+    parts["attn.softmax"] = (attn.softmax, nn.Softmax, None)
+    parts["rnn.rnn_cells.0"] = (decoder.rnn.rnn_cells[0], nn.GRUCell, None)
+    for name, (part, kind, has_bias) in parts.items():
+        if not is_plain(part, kind):
+            return not_plain(f"{name} of the decoder", part, f"a {kind.__name__}")
+        if has_bias is not None and (part.bias is not None) != has_bias:
+            return f"{name} of the decoder has {'no' if has_bias else 'a'} bias"
+    return ""
 
 
 _LINEARS = ("mlp_enc", "mlp_dec", "mlp_loc", "mlp_out")

@@ -42,6 +42,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def double(monkeypatch):
+    """SpeechBrain's decoder takes float64 only where its literals do: zeros, and 1 / length."""
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def environment_described_once():
     """SpeechBrain lists the installed packages whenever a recipe starts, for a second or two."""

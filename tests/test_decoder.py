@@ -67,15 +67,6 @@ OTHERS = {
 
 
 @pytest.fixture
-def double(monkeypatch):
-    """SpeechBrain's decoder takes float64 only where its literals do: zeros, and 1 / length."""
-    torch.set_default_dtype(torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture
 def warned(monkeypatch):
     """The reasons for the slow loop, each of which is told once in a process."""
     reasons = set()

@@ -458,6 +458,41 @@ def test_ctc_scorer_class_can_be_overridden(seq2seq_exported, audio):
     assert transcribed(ours, audio) == transcribed(stock, audio)
 
 
+@pytest.mark.parametrize("fixture", ["seq2seq_run", "seq2seq_run_with_language_model"])
+def test_search_class_can_be_overridden(fixture, request, audio, tmp_path):
+    """A trained model's hypotheses and scores are those of SpeechBrain's search."""
+    folder = export(request.getfixturevalue(fixture), tmp_path)
+    ours, stock = (
+        EncoderDecoderASR.from_hparams(
+            source=str(folder),
+            overrides=f"test_search_class: !name:{package}.S2SRNNBeamSearcher",
+            run_opts={"device": "cpu"},
+        )
+        for package in ("sb_fast_sligru", "speechbrain.decoders")
+    )
+    searches = [asr.mods.decoder for asr in (ours, stock)]
+    modules = [type(search).__module__ for search in searches]
+    assert modules == ["sb_fast_sligru.search", "speechbrain.decoders.seq2seq"]
+    signals = [audio_files.read_audio(file, ours.audio_normalizer) for file in audio]
+    for beam in (1, 8):
+        for search in searches:
+            search.beam_size = beam
+        encoded = [ours.encode_batch(signal[None], torch.ones(1)) for signal in signals]
+        expected = [searches[1](states, torch.ones(1)) for states in encoded]
+        for states, theirs in zip(encoded, expected, strict=True):
+            assert_same_hypotheses(searches[0](states, torch.ones(1)), theirs)
+        # In a batch, of whose padding the search alone makes nothing.
+        states = torch.nn.utils.rnn.pad_sequence([each[0] for each in encoded], True)
+        lengths = torch.tensor([each.shape[1] for each in encoded]) / states.shape[1]
+        theirs = [[hyp for (hyp,), *_ in expected], None, torch.cat([x[2] for x in expected])]
+        assert_same_hypotheses(searches[0](states, lengths), theirs)
+
+
+def assert_same_hypotheses(ours, theirs):
+    assert ours[0] == theirs[0]
+    torch.testing.assert_close(ours[2], theirs[2], rtol=1e-4, atol=1e-4)
+
+
 def test_keys_of_an_inference_folder_can_be_overridden(seq2seq_exported):
     """Where what is built of them only refers to them."""
     asr = EncoderDecoderASR.from_hparams(

@@ -295,24 +295,37 @@ def test_saved_yaml_goes_on_with_the_run(noise, tmp_path):
     assert train(saved) == {}
 
 
-@pytest.mark.parametrize("key", ["rnn_class", "decoder_class"])
+CLASSES = {
+    "rnn_class": ("speechbrain.nnet.RNN", "SLiGRU"),
+    "decoder_class": ("speechbrain.nnet.RNN", "AttentionalRNNDecoder"),
+    "valid_search_class": ("speechbrain.decoders", "S2SRNNGreedySearcher"),
+    "test_search_class": ("speechbrain.decoders", "S2SRNNBeamSearcher"),
+}
+
+
+@pytest.mark.parametrize("key", CLASSES)
 def test_saved_yaml_has_the_classes_of_the_command_line(tmp_path, key):
     """And takes others."""
-    classes = {"rnn_class": "SLiGRU", "decoder_class": "AttentionalRNNDecoder"}
+    stock_package, name = CLASSES[key]
     ours, stock = (
-        ruamel.yaml.YAML().load(f"!name:{package}.{classes[key]}")
-        for package in ("sb_fast_sligru", "speechbrain.nnet.RNN")
+        ruamel.yaml.YAML().load(f"!name:{package}.{name}")
+        for package in ("sb_fast_sligru", stock_package)
     )
     sizes = dict.fromkeys(("rnn_neurons", "dnn_neurons", "dec_neurons", "attn_dim"), 4)
     overrides = sizes | {"data_folder": "x", "output_folder": str(tmp_path), key: stock}
     yaml = ROOT / "hparams/librispeech_seq2seq.yaml"
     saved = tmp_path / "hyperparams.yaml"
     saved.write_text(with_overrides(yaml, overrides))
-    for given, package in (({}, "speechbrain.nnet.RNN"), ({key: ours}, "sb_fast_sligru")):
+    for given, package in (({}, stock_package), ({key: ours}, "sb_fast_sligru")):
         hparams = load_hparams(saved, given)
-        module = hparams["enc"].RNN if key == "rnn_class" else hparams["dec"]
+        module = {
+            "rnn_class": hparams["enc"].RNN,
+            "decoder_class": hparams["dec"],
+            "valid_search_class": hparams["valid_search"],
+            "test_search_class": hparams["test_search"](),
+        }[key]
         assert type(module).__module__.startswith(package)
-        assert type(module).__name__ == classes[key]
+        assert type(module).__name__ == name
 
 
 def test_debugging_leaves_a_run_alone(noise, run_folder):

@@ -220,8 +220,9 @@ def _entries(run_yaml):
 
 
 def _build(entries, key, **arguments):
-    """Let an entry that names a class (for the recipe to complete) build an object instead."""
-    entries[key] = entries[key].replace("!name:", "!new:", 1)
+    """Let an entry build the object whose class, or `build`, it names for the recipe."""
+    is_function = re.match(r"\w+: *!name:[\w.]+\.build\b", entries[key])
+    entries[key] = entries[key].replace("!name:", "!apply:" if is_function else "!new:", 1)
     for name, reference in arguments.items():
         entries[key] += f"  {name}: !ref <{reference}>\n"
 

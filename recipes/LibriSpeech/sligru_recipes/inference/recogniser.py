@@ -16,6 +16,7 @@ KNOWN = {
     "sb_fast_sligru.CRDNN",
     "sb_fast_sligru.CTCScorer",
     "sb_fast_sligru.LiGRU",
+    "sb_fast_sligru.S2SRNNBeamSearcher",
     "sb_fast_sligru.SLiGRU",
     "sentencepiece.SentencePieceProcessor",
     "speechbrain.dataio.preprocess.AudioNormalizer",
@@ -51,9 +52,8 @@ KNOWN = {
 }
 # Which take no other class than a module's or a scorer's.
 CALLED = {
-    "!apply:sb_fast_sligru.crdnn.build",
-    "!apply:sb_fast_sligru.ctc_scorer.build",
-    "!apply:sb_fast_sligru.decoder.build",
+    f"!apply:sb_fast_sligru.{module}.build"
+    for module in ("crdnn", "ctc_scorer", "decoder", "search")
 }
 PLAIN = {"map", "seq", "str", "int", "float", "bool", "null"}  # of the YAML standard
 
