@@ -300,6 +300,7 @@ CLASSES = {
     "decoder_class": ("speechbrain.nnet.RNN", "AttentionalRNNDecoder"),
     "valid_search_class": ("speechbrain.decoders", "S2SRNNGreedySearcher"),
     "test_search_class": ("speechbrain.decoders", "S2SRNNBeamSearcher"),
+    "ctc_scorer_class": ("speechbrain.decoders.scorer", "CTCScorer"),
 }
 
 
@@ -323,9 +324,21 @@ def test_saved_yaml_has_the_classes_of_the_command_line(tmp_path, key):
             "decoder_class": hparams["dec"],
             "valid_search_class": hparams["valid_search"],
             "test_search_class": hparams["test_search"](),
+            "ctc_scorer_class": hparams["ctc_scorer"],
         }[key]
         assert type(module).__module__.startswith(package)
         assert type(module).__name__ == name
+
+
+@pytest.mark.parametrize("key", [key for key in CLASSES if key != "rnn_class"])
+def test_what_is_no_class_is_named_before_any_work(tmp_path, key):
+    overrides = dict.fromkeys(("rnn_neurons", "dnn_neurons", "dec_neurons", "attn_dim"), 4)
+    overrides |= {"data_folder": "x", "output_folder": str(tmp_path / "output")}
+    for value in (3, ruamel.yaml.YAML().load("!name:torch.zeros")):
+        with pytest.raises(ValueError, match="_class must be a class") as raised:
+            load_hparams(ROOT / "hparams/librispeech_seq2seq.yaml", overrides | {key: value})
+        # The greedy search is built with the YAML, whose argument is meant.
+        assert key.removeprefix("valid_") in str(raised.value)
 
 
 def test_debugging_leaves_a_run_alone(noise, run_folder):

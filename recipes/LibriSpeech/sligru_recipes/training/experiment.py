@@ -234,6 +234,10 @@ def check_arguments(hparams):
         raise ValueError(f"opt_class: {type(optimizer).__name__} needs a closure, which none has")
     if "lr" in getattr(hparams["opt_class"], "keywords", {}):
         raise ValueError("opt_class has lr, which is a key of its own: --lr")
+    search = hparams.get("test_search")  # gets its scorers after the preparation
+    if search is not None:
+        with _naming("test_search_class"):
+            search()
     for key in ("train_dataloader_opts", "valid_dataloader_opts", "test_dataloader_opts"):
         with _naming(key):
             DataLoader([0], **hparams[key])
