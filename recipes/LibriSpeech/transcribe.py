@@ -5,7 +5,8 @@
 prints a line `NAME<TAB>TEXT` for each file as soon as it is done; of a folder all WAV and FLAC
 files below it. Any sample rate and number of channels will do. Control characters and backslashes
 of a name are printed as in Python's strings. A file that cannot be read is reported on stderr and
-makes the exit code 1; the others are transcribed all the same.
+makes the exit code 1; the others are transcribed all the same. The last line on stderr tells how
+many seconds of audio were transcribed in how many.
 
 A recogniser with attention fails on a recording longer than all that it was trained on: such a one
 is cut at its pauses, and the texts of its parts are joined. `--max_segment_length` sets a length,
@@ -19,6 +20,7 @@ change a letter here and there.
 import argparse
 import math
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -57,14 +59,20 @@ def main(arguments=None):
     for path, error in errors.items():
         _report(f"{printable(path)}: {error}")
     done = transcribe(recogniser, files, options.max_batch_length or 0.0, longest)
-    failed = bool(errors)
-    for file, text, error in tqdm(done, "transcribing", len(files), unit="file", disable=None):
+    failed, heard, start = bool(errors), 0.0, time.monotonic()
+    for file, text, error, seconds in tqdm(
+        done, "transcribing", len(files), unit="file", disable=None
+    ):
         with tqdm.external_write_mode():
             if error is None:
                 print(f"{printable(file)}\t{text}", flush=True)
+                heard += seconds
             else:
                 _report(f"{printable(file)}: {error}")
                 failed = True
+    if heard:
+        took = time.monotonic() - start
+        _report(f"{heard:.1f} s of audio in {took:.1f} s, {heard / took:.1f} s a second")
     if failed:
         sys.exit(1)
 

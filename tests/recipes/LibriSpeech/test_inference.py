@@ -96,8 +96,8 @@ def recogniser(exported):
 def transcribed(recogniser, files, **options):
     """File -> text; all must be readable."""
     done = list(transcribe(recogniser, files, **options))
-    assert [error for *_, error in done if error is not None] == []
-    return {file: text for file, text, _ in done}
+    assert [each.error for each in done if each.error is not None] == []
+    return {each.file: each.text for each in done}
 
 
 def hypotheses(run):
@@ -537,6 +537,24 @@ def test_command_line_prints_a_line_for_each_file(exported, recogniser, audio, c
         assert text == recogniser.transcribe_file(name)
 
 
+def last_line(printed):
+    """Its seconds of audio; the rest of the lines."""
+    *lines, last = printed.splitlines(keepends=True)
+    seconds, took, speed = re.fullmatch(
+        r"transcribe: ([\d.]+) s of audio in ([\d.]+) s, ([\d.]+) s a second\n", last
+    ).groups()
+    assert float(took) >= 0 and float(speed) > 0
+    return float(seconds), "".join(lines)
+
+
+@pytest.mark.parametrize("batch", [(), ("--max_batch_length=20",)])
+def test_last_line_tells_the_speed(exported, audio, capsys, batch):
+    paths = [str(path) for path in audio[:2]]
+    transcribe_files([str(exported), *paths, "--device=cpu", *batch])
+    seconds, _ = last_line(capsys.readouterr().err)
+    assert seconds == pytest.approx(sum(soundfile.info(path).duration for path in paths), abs=0.1)
+
+
 def test_batches_do_not_change_the_transcripts(recogniser, audio, tmp_path):
     samples = [soundfile.read(path, dtype="int16")[0] for path in audio]
     cut = [tmp_path / path.name for path in audio]
@@ -820,7 +838,7 @@ def test_bad_files_are_named_and_the_rest_is_transcribed(exported, audio, tmp_pa
     for name, said in bad.items():
         line = f"^transcribe: {re.escape(str(tmp_path / name))}: .*{said}"
         assert len(re.findall(line, captured.err, re.MULTILINE)) == 1, name
-    assert captured.err.count("transcribe: ") == len(bad)
+    assert last_line(captured.err)[1].count("transcribe: ") == len(bad)
 
 
 @pytest.mark.parametrize("promised", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF024])
@@ -841,8 +859,8 @@ def test_each_line_comes_as_soon_as_its_file_is_done(recogniser, audio, monkeypa
     monkeypatch.setattr(
         transcribe_module, "read_audio", lambda *args: read.append(args[0]) or real(*args)
     )
-    for count, (file, *_) in enumerate(done, 1):
-        assert file == audio[count - 1] and len(read) == count
+    for count, each in enumerate(done, 1):
+        assert each.file == audio[count - 1] and len(read) == count
 
 
 def test_any_name_is_one_line_and_one_field(exported, audio, tmp_path, capsys):
@@ -864,7 +882,8 @@ def test_any_name_is_one_line_and_one_field(exported, audio, tmp_path, capsys):
     fields = [line.split("\t") for line in captured.out.split("\n")[:-1]]
     assert [len(line) for line in fields] == [2] * len(names)
     assert sorted(name for name, _ in fields) == sorted(f"{tmp_path}/{n}" for n in names.values())
-    assert captured.err == f"transcribe: {tmp_path}/no\\tfile\\n.wav: No such file or directory\n"
+    _, error = last_line(captured.err)
+    assert error == f"transcribe: {tmp_path}/no\\tfile\\n.wav: No such file or directory\n"
 
 
 def test_wrong_folders_end_in_one_line(run, audio, tmp_path):

@@ -2,6 +2,8 @@
 
 import math
 from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from speechbrain.inference.ASR import EncoderDecoderASR
@@ -20,6 +22,15 @@ MAX_PADDING = 0.03
 MIN_SECONDS = 0.1  # shorter audio is padded
 
 
+class Transcript(NamedTuple):
+    """What became of a file."""
+
+    file: Path
+    text: str | None = None
+    error: str | None = None  # why it could not be read
+    seconds: float = 0.0  # of audio
+
+
 def transcribe(recogniser, files, max_batch_length=0.0, max_segment_length=float("inf")):
     """Transcribe audio files one at a time or in batches of like durations.
 
@@ -35,11 +46,8 @@ def transcribe(recogniser, files, max_batch_length=0.0, max_segment_length=float
 
     Yields
     ------
-    file : Path
-        As soon as it is done.
-    text : str or None
-    error : str or None
-        Why it could not be read.
+    Transcript
+        Of each file as soon as it is done.
     """
     batches = [[number] for number in range(len(files))]
     if max_batch_length:
@@ -48,22 +56,23 @@ def transcribe(recogniser, files, max_batch_length=0.0, max_segment_length=float
             try:
                 seconds[number] = read_duration(file)
             except UNREADABLE as error:
-                yield file, None, reason(error)
+                yield Transcript(file, error=reason(error))
         batches = _batches(seconds, max_batch_length)
     rate = recogniser.audio_normalizer.sample_rate
     for batch in batches:
-        parts = {}
+        parts, lengths = {}, {}
         for number in batch:
             try:
                 signal = read_audio(files[number], recogniser.audio_normalizer)
             except UNREADABLE as error:
-                yield files[number], None, reason(error)
+                yield Transcript(files[number], error=reason(error))
             else:
+                lengths[number] = len(signal) / rate
                 parts[number] = cut_at_pauses(signal, rate, max_segment_length)
                 if len(parts[number]) > 1:
                     logger.warning(
                         "%s: %.1f s, cut at pauses into %d parts of at most %g s",
-                        *(printable(files[number]), len(signal) / rate),
+                        *(printable(files[number]), lengths[number]),
                         *(len(parts[number]), max_segment_length),
                     )
         signals = [signal for cut in parts.values() for signal in cut]
@@ -74,7 +83,8 @@ def transcribe(recogniser, files, max_batch_length=0.0, max_segment_length=float
             texts |= zip(group, found, strict=True)
         in_order = (texts[number] for number in range(len(signals)))
         for number, cut in parts.items():
-            yield files[number], " ".join(filter(None, islice(in_order, len(cut)))), None
+            text = " ".join(filter(None, islice(in_order, len(cut))))
+            yield Transcript(files[number], text, seconds=lengths[number])
 
 
 def longest_recording(recogniser):
