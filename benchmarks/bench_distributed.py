@@ -24,7 +24,7 @@ from pathlib import Path
 
 import bench_report
 import torch
-from bench_rnn import PRECISIONS, describe_machine, file_stem, versions
+from bench_rnn import PRECISIONS, add_result_options, describe_machine, file_stem, versions
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -140,17 +140,7 @@ def make_parser():
         "--precisions", nargs="+", choices=PRECISIONS, default=["bf16-autocast", "tf32"]
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", default=ROOT / "benchmarks" / "results"
-    )
-    parser.add_argument(
-        "--commit",
-        default=os.environ.get("BENCH_COMMIT"),
-        help="for a machine without git (or set BENCH_COMMIT)",
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="sizes that only show that everything runs"
-    )
+    add_result_options(parser)
     return parser
 
 

@@ -602,6 +602,21 @@ def select_contenders(names):
     return chosen
 
 
+def add_result_options(parser):
+    """The options of all benchmarks: where results go, of which commit, and whether they count."""
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", default=ROOT / "benchmarks" / "results"
+    )
+    parser.add_argument(
+        "--commit",
+        default=os.environ.get("BENCH_COMMIT"),
+        help="for a machine without git (or set BENCH_COMMIT)",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="sizes that only show that everything runs"
+    )
+
+
 def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -620,17 +635,7 @@ def make_parser():
     parser.add_argument(
         "--budget", type=float, default=530, help="seconds after which no row begins"
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", default=ROOT / "benchmarks" / "results"
-    )
-    parser.add_argument(
-        "--commit",
-        default=os.environ.get("BENCH_COMMIT"),
-        help="for a machine without git (or set BENCH_COMMIT)",
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="sizes that only show that everything runs"
-    )
+    add_result_options(parser)
     parser.add_argument("--check", nargs=2, metavar=("OLD", "NEW"), help="exit status 1 if worse")
     parser.add_argument(
         "--tolerance", type=float, default=0.1, help="of --check, relative (default: %(default)s)"

@@ -18,7 +18,6 @@ measures. Keys of the JSON file:
 import argparse
 import dataclasses
 import datetime
-import os
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ import torch
 from bench_report import PASSES, number
 from bench_rnn import (
     PRECISIONS,
+    add_result_options,
     capture,
     describe_machine,
     file_stem,
@@ -182,17 +182,7 @@ def make_parser(bench):
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS)
     parser.add_argument("--passes", nargs="+", choices=bench.passes, default=list(bench.passes))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", default=ROOT / "benchmarks" / "results"
-    )
-    parser.add_argument(
-        "--commit",
-        default=os.environ.get("BENCH_COMMIT"),
-        help="for a machine without git (or set BENCH_COMMIT)",
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="sizes that only show that everything runs"
-    )
+    add_result_options(parser)
     return parser
 
 

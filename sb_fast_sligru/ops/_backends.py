@@ -157,6 +157,24 @@ def library_obstacle(device):
     return _library.cuda_error or _missing_code(index_of(device)) or derivative_obstacle()
 
 
+def choose_kernels(device, kernels_obstacle):
+    """`choose` for an operator with one implementation on GPUs, whatever backend is forced there.
+
+    Arguments
+    ---------
+    device : torch.device
+    kernels_obstacle : callable
+        Returns what keeps the CUDA kernels from the call, "" if nothing does; called if there are
+        any.
+    """
+    if device.type == "cpu":
+        return choose(device, {"cpu": library_obstacle(device)})
+    if device.type != "cuda" or forced_backend() == "reference":
+        return choose(device, {})
+    obstacle = library_obstacle(device) or kernels_obstacle()
+    return choose(device, dict.fromkeys(("cuda", "stepwise", "persistent"), obstacle))
+
+
 def index_of(device):
     """The index of a CUDA device."""
     return torch.cuda.current_device() if device.index is None else device.index

@@ -12,7 +12,7 @@ torch.compile.
 import torch
 
 from .. import _library, reference
-from ._backends import choose, forced_backend, library_obstacle, warn_once
+from ._backends import choose_kernels, forced_backend, warn_once
 
 DTYPES = (torch.float64, torch.float32)
 COMPARED_ON_A_GPU = False  # the CUDA kernels, by the tests
@@ -48,17 +48,15 @@ def choose_ctc_prefix_backend(device, dtype=torch.float32):
     >>> choose_ctc_prefix_backend("cpu")[0]
     'cpu'
     """
-    device = torch.device(device)
-    if device.type == "cpu":
-        return choose(device, {"cpu": library_obstacle(device)})
-    if device.type != "cuda" or forced_backend() == "reference":
-        return choose(device, {})
-    obstacle = library_obstacle(device)
-    if not obstacle and dtype != torch.float32:
-        obstacle = f"the kernels of CTC prefix scores do not take {str(dtype)[6:]}"
-    if not (obstacle or COMPARED_ON_A_GPU) and forced_backend() == "auto":
-        obstacle = "the kernels of CTC prefix scores have not been compared on a GPU"
-    return choose(device, dict.fromkeys(("cuda", "stepwise", "persistent"), obstacle))
+
+    def kernels_obstacle():
+        if dtype != torch.float32:
+            return f"the kernels of CTC prefix scores do not take {str(dtype)[6:]}"
+        if not COMPARED_ON_A_GPU and forced_backend() == "auto":
+            return "the kernels of CTC prefix scores have not been compared on a GPU"
+        return ""
+
+    return choose_kernels(torch.device(device), kernels_obstacle)
 
 
 # ---- the functions

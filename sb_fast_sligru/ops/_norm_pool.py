@@ -11,7 +11,7 @@ import torch
 
 from .. import _library, reference
 from ._autograd import accumulation_dtype, no_second_derivative
-from ._backends import choose, forced_backend, gpu, index_of, library_obstacle, warn_once
+from ._backends import choose_kernels, gpu, index_of, warn_once
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,16 +50,13 @@ def choose_norm_pool_backend(device, dtype, frequencies, channels, pool_frequenc
     'cpu'
     """
     device = torch.device(device)
-    if device.type == "cpu":
-        return choose(device, {"cpu": library_obstacle(device)})
-    if device.type != "cuda" or forced_backend() == "reference":
-        return choose(device, {})
-    obstacle = library_obstacle(device)
-    if not obstacle:
+
+    def kernels_obstacle():
         # index() makes constants, with guards, of sizes that torch.compile holds as symbols.
         sizes = map(operator.index, (frequencies, channels, pool_frequency))
-        obstacle = _size_obstacle(index_of(device), dtype, *sizes)
-    return choose(device, dict.fromkeys(("cuda", "stepwise", "persistent"), obstacle))
+        return _size_obstacle(index_of(device), dtype, *sizes)
+
+    return choose_kernels(device, kernels_obstacle)
 
 
 @torch.compiler.assume_constant_result
