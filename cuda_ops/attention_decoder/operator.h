@@ -55,17 +55,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 // ---- checks
 // Raises unless t has these sizes, the device of wx and one of two dtypes; returns it contiguous.
-inline Tensor checked(const char* name, const Tensor& t, std::vector<int64_t> sizes,
+inline Tensor checked(const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
                       const Tensor& wx, ScalarType type, ScalarType other) {
-  bool same = t.dim() == static_cast<int64_t>(sizes.size()) &&
-              (t.scalar_type() == type || t.scalar_type() == other);
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(i) == sizes[i];
-  std::string expected;
-  for (size_t i = 0; i < sizes.size(); ++i) expected += (i ? ", " : "") + std::to_string(sizes[i]);
-  STD_TORCH_CHECK(same, name, ": got ", describe(t), ", expected ",
-                  torch::headeronly::toString(type), " [", expected, "]");
-  STD_TORCH_CHECK(t.device() == wx.device(), name, ": must be on the device of wx");
-  return torch::stable::contiguous(t);
+  return checked_tensor(name, t, sizes, {type, other}, wx, "wx");
 }
 
 inline void check_rank(const char* name, const Tensor& t, int64_t rank, const char* expected) {

@@ -30,6 +30,22 @@ inline std::string describe(const Tensor& t) {
   return text + "]";
 }
 
+// Raises unless t has these sizes, one of the dtypes, of which the first is the usual one, and the
+// device of `other`, an argument called `other_name`; returns it contiguous.
+inline Tensor checked_tensor(const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
+                             const std::vector<ScalarType>& types, const Tensor& other,
+                             const char* other_name) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size()) &&
+              std::find(types.begin(), types.end(), t.scalar_type()) != types.end();
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(i) == sizes[i];
+  std::string expected;
+  for (size_t i = 0; i < sizes.size(); ++i) expected += (i ? ", " : "") + std::to_string(sizes[i]);
+  STD_TORCH_CHECK(same, name, ": got ", describe(t), ", expected ",
+                  torch::headeronly::toString(types[0]), " [", expected, "]");
+  STD_TORCH_CHECK(t.device() == other.device(), name, ": must be on the device of ", other_name);
+  return torch::stable::contiguous(t);
+}
+
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
   std::vector<int64_t> sizes;
   for (int64_t axis = 0; axis < t.dim(); ++axis) sizes.push_back(t.size(axis));

@@ -61,16 +61,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // ---- checks
 // Raises unless t has these sizes, this dtype and the device of x; returns it contiguous.
-inline Tensor checked(const char* name, const Tensor& t, std::vector<int64_t> sizes,
+inline Tensor checked(const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
                       const Tensor& x, ScalarType type) {
-  bool same = t.dim() == static_cast<int64_t>(sizes.size()) && t.scalar_type() == type;
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(i) == sizes[i];
-  std::string expected;
-  for (size_t i = 0; i < sizes.size(); ++i) expected += (i ? ", " : "") + std::to_string(sizes[i]);
-  STD_TORCH_CHECK(same, name, ": got ", describe(t), ", expected ",
-                  torch::headeronly::toString(type), " [", expected, "]");
-  STD_TORCH_CHECK(t.device() == x.device(), name, ": must be on the device of x");
-  return torch::stable::contiguous(t);
+  return checked_tensor(name, t, sizes, {type}, x, "x");
 }
 
 // Raises for a bad argument; makes all contiguous.
