@@ -135,9 +135,7 @@ def _late_loaders(report):
     ):
         late = [v for v in report["variants"] if v[key] > most]
         if late:
-            yield text.format(
-                ", ".join(f"{v['cell']} {v['precision']} {v['implementation']}" for v in late)
-            )
+            yield text.format(", ".join(map(_full_name, late)))
 
 
 def conditions(report):
@@ -177,6 +175,11 @@ def conditions(report):
 def timed_variants(report):
     """The variants to show times of: stock's second seed is there for its losses."""
     return [v for v in report["variants"] if v["implementation"] != "stock, other seed"]
+
+
+def _full_name(variant):
+    """RNN, precision and implementation."""
+    return f"{variant['cell']} {variant['precision']} {variant['implementation']}"
 
 
 def name_of(variant):
@@ -233,7 +236,7 @@ def _times_table(report, style):
 def _new_shapes_text(report):
     """A paragraph about the first batch of each shape, where its cost was measured."""
     found = {
-        f"{v['cell']} {v['precision']} {v['implementation']}": v["new_shape_seconds"]
+        _full_name(v): v["new_shape_seconds"]
         for v in timed_variants(report)
         if v["new_shape_seconds"] is not None
     }
@@ -270,7 +273,7 @@ def _phases_table(report, style):
                 ]
             )
     rows.append(["step", *(f"{total:.1f}" for total in totals)])
-    headers = ["phase", *(f"{v['cell']} {v['precision']} {v['implementation']}" for v in timed)]
+    headers = ["phase", *map(_full_name, timed)]
     return tabulate(rows, headers, tablefmt=style, disable_numparse=True)
 
 
