@@ -25,7 +25,7 @@ from pathlib import Path
 import bench_report
 import torch
 from bench_rnn import PRECISIONS, add_result_options, describe_machine, file_stem, versions
-from torch import distributed, nn
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import sb_fast_sligru
@@ -57,9 +57,7 @@ class Encoder:
             dnn_neurons=sizes["neurons"] // 2,
         ).to(device)
         if shared:
-            if device.type == "cpu":
-                sb_fast_sligru.SyncBatchNorm.take_over(self.net)
-            self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+            sb_fast_sligru.SyncBatchNorm.take_over(self.net)
             ids = [device] if device.type == "cuda" else None
             self.net = DistributedDataParallel(self.net, device_ids=ids)
         self.optimizer = torch.optim.Adadelta(self.net.parameters(), lr=1.0, rho=0.95, eps=1e-8)

@@ -95,9 +95,10 @@ class SyncBatchNorm(_NormBase):
         )
         own_count = own_mean.new_full((1,), x.numel() // x.shape[1])
         own = torch.cat([own_mean, own_variance, own_count])
-        every = [torch.empty_like(own) for _ in range(count_processes(self))]
-        distributed.all_gather(every, own, group=self.process_group)
-        means, variances, counts = torch.stack(every).split([x.shape[1], x.shape[1], 1], dim=1)
+        every = own.new_empty(count_processes(self) * own.numel())
+        distributed.all_gather_into_tensor(every, own, group=self.process_group)
+        every = every.view(-1, own.numel())
+        means, variances, counts = every.split([x.shape[1], x.shape[1], 1], dim=1)
         count = counts.sum()
         shares = counts / count
         mean = (shares * means).sum(0)
@@ -137,15 +138,14 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, mean, variance, count = ctx.saved_tensors
+        rstd = (variance + ctx.eps).rsqrt()
         # As if the statistics were constants; sum(dy xh) and sum(dy) of this process beside it.
-        none = mean.new_empty(0)  # of this batch, for the backward of training
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, none, none, False, ctx.eps, [True, True, True]
+            grad, x, weight, mean, variance, mean, rstd, False, ctx.eps, [True, True, True]
         )
         sums = torch.stack([grad_weight, grad_bias]).to(mean.dtype)
         distributed.all_reduce(sums, group=ctx.group)
         # What is missing is w rstd (sum(dy) + xh sum(dy xh)) / N = slope x + shift.
-        rstd = (variance + ctx.eps).rsqrt()
         scale = rstd / count if weight is None else weight * rstd / count
         slope = scale * rstd * sums[0]
         shift = scale * sums[1] - slope * mean

@@ -27,12 +27,6 @@ def exact_products():
         yield
 
 
-@pytest.fixture
-def ctc_prefix_kernels(monkeypatch):
-    """Tests take them on a GPU where a search does not."""
-    monkeypatch.setattr("sb_fast_sligru.ops._ctc_prefix.COMPARED_ON_A_GPU", True)
-
-
 @pytest.fixture(scope="module")
 def one_thread():
     """Threads cost tiny models more than they give, most of all on a busy machine."""

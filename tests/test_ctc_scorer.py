@@ -15,7 +15,7 @@ from speechbrain.nnet.RNN import AttentionalRNNDecoder
 import sb_fast_sligru
 from sb_fast_sligru.reference import LOG_ZERO
 
-pytestmark = pytest.mark.usefixtures("one_thread", "ctc_prefix_kernels")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLANK, BOS, EOS = 0, 1, 2
 

@@ -30,7 +30,7 @@ each_device = pytest.mark.parametrize(
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_thread", "ctc_prefix_kernels")  # tensors are small
+pytestmark = pytest.mark.usefixtures("one_thread")  # tensors are small
 
 
 def make_search(shape, steps=4, window=False, peaky=1.0, full=True):
@@ -490,11 +490,6 @@ def test_backend_choice(monkeypatch):
             assert choose("cuda:0") == (name, "forced")
     name, why = choose("cuda:0", torch.float64)
     assert name == "reference" and "do not take float64" in why
-    monkeypatch.setattr(ops._ctc_prefix, "COMPARED_ON_A_GPU", False)
-    name, why = choose("cuda:0")
-    assert name == "reference" and "have not been compared on a GPU" in why
-    with backend("persistent"):
-        assert choose("cuda:0") == ("persistent", "forced")
 
 
 def test_a_missing_library_costs_speed_and_says_so_once(monkeypatch):
@@ -606,7 +601,8 @@ def test_offsets_past_two_to_the_31():
     def last(rows):
         log_probs = small.expand(rows, -1, -1).contiguous()
         lengths = torch.full((rows,), frames, device="cuda")
-        state = ops.ctc_prefix_start(log_probs, BLANK, 1)
+        # PyTorch's sum over frames has other bits for one row.
+        state = ops.ctc_prefix_start(small, BLANK, rows)
         bos = torch.full((rows,), BOS, device="cuda")
         tokens, parents = torch.full_like(bos, 4999), torch.arange(rows, device="cuda")
         state = ops.ctc_prefix_extend(

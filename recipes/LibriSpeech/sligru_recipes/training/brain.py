@@ -291,8 +291,8 @@ class RecipeBrain(sb.Brain):
         return super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
 
     def _wrap_distributed(self):
-        if self.distributed_launch and self.device_type == "cpu":
-            SyncBatchNorm.take_over(self.modules)  # SpeechBrain would take PyTorch's, for GPUs
+        if self.distributed_launch:
+            SyncBatchNorm.take_over(self.modules)  # SpeechBrain would take PyTorch's
         super()._wrap_distributed()
 
     def _check_disk_space(self):
