@@ -54,39 +54,39 @@ class SharedAttention:
         self.weights = uniform.repeat_interleave(beam, 0)
         self.chunks = _chunks(len(states), beam, self.keys[0].numel(), states.device.type)
 
-    def __call__(self, queries):
+    def __call__(self, queries, predecessors=None):
         """One token.
 
         Arguments
         ---------
         queries : torch.Tensor
             Hidden states of the decoder, [B * beam, dec_dim].
+        predecessors : torch.Tensor, optional
+            Which row of the call before each row goes on from, of the same utterance, [B * beam].
 
         Returns
         -------
         context : torch.Tensor
             [B * beam, output_dim].
         weights : torch.Tensor
-            [B * beam, T].
+            [B * beam, T], which the next call overwrites.
         """
-        attn, batch = self.attn, len(self.states)
-        energies = self._energies(F.linear(queries, self.w_query))
+        attn, batch, last = self.attn, len(self.states), self.weights
+        if predecessors is not None:
+            last = last.index_select(0, predecessors)
+        energies = self._energies(F.linear(queries, self.w_query), last)
         if self.padding is not None:
             energies = energies.masked_fill_(self.padding, -torch.inf)
         if attn.scaling != 1:
             energies = energies * attn.scaling
         weights = torch.softmax(energies, -1)
-        self.weights = weights.flatten(0, 1)
+        self.weights.copy_(weights.flatten(0, 1))
         context = torch.bmm(weights.to(self.states.dtype), self.states)
         return attn.mlp_out(context.view(batch * self.beam, -1)), self.weights
 
-    def permute(self, index):
-        """Let row i be what row index[i] was, of the same utterance."""
-        self.weights = self.weights.index_select(0, index)
-
-    def _energies(self, queries):
+    def _energies(self, queries, last):
         """What the softmax takes, [B, beam, T], without padding and scaling."""
-        keys, location = self.keys, self.attn.conv_loc(self.weights.unsqueeze(1)).transpose(1, 2)
+        keys, location = self.keys, self.attn.conv_loc(last.unsqueeze(1)).transpose(1, 2)
         queries, location = (
             x.to(keys.dtype).unflatten(0, (len(keys), self.beam)) for x in (queries, location)
         )

@@ -54,6 +54,14 @@ try:
     RNN.SLiGRU_Layer  # noqa: B018  not in SpeechBrain 1.0
     from speechbrain.decoders import scorer, seq2seq  # noqa: F401
     from speechbrain.lobes.models import CRDNN  # noqa: F401
-    from speechbrain.nnet import CNN, containers, dropout, normalization, pooling  # noqa: F401
+    from speechbrain.nnet import (  # noqa: F401
+        CNN,
+        containers,
+        dropout,
+        embedding,
+        linear,
+        normalization,
+        pooling,
+    )
 except Exception as error:  # torchaudio raises OSError, RuntimeError and others
     raise ImportError(explain(error)) from error

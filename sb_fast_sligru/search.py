@@ -10,6 +10,8 @@ attention keys and values    a copy for each hypothesis       one an utterance
 hypotheses                   all their tokens copied at each  predecessors, followed at the end
                              token
 ended hypotheses             read one by one from the GPU     one array a token goes to the host
+decoder on a GPU             an operator at a time            a CUDA graph, captured anew for each
+                                                              search
 ===========================  ===============================  ===================================
 
 Other decoders than one layer of GRU with location-aware attention, replaced or hooked parts,
@@ -27,10 +29,13 @@ import inspect
 
 import numpy as np
 import torch
+from torch import nn
 from torch.distributions import Categorical
 
-from ._parts import build_module
+from ._parts import build_module, is_plain
+from ._replay import Replay
 from ._shared_attention import SharedAttention
+from ._stock import embedding, linear
 from ._stock import seq2seq as stock
 from .decoder import obstacle_of
 from .ops._backends import forced_backend, warn_once
@@ -135,7 +140,7 @@ class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
 
         frames = [max(1, count) for count in frames]
         lengths = torch.tensor(frames, device=self.device, dtype=torch.int)
-        step = _Step(self, states, frames, self.beam_size)
+        step = _BeamStep(self, states, frames)
         scorer_memory = None
         if self.scorer is not None:
             scorer_memory = self.scorer.reset_scorer_mem(states, lengths)
@@ -144,50 +149,31 @@ class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
         least = least.repeat_interleave(self.beam_size)
         first = torch.arange(self.batch_size, device=self.device)[:, None] * self.beam_size
         tokens = torch.full((self.n_bh,), self.bos_index, device=self.device)
-        peaks = torch.zeros_like(tokens)
+        predecessors = torch.arange(self.n_bh, device=self.device)
         totals = torch.full((self.batch_size, self.beam_size, 1), -torch.inf, device=self.device)
         totals[:, 0] = 0.0  # the others do not exist yet
         while found.is_searching.any():
-            logits, attn = step(tokens)
-            decoded = self.softmax(logits / self.temperature)
-            log_probs = self.attn_weight * decoded  # which the following change in place
-            if self.using_max_attn_shift:
-                peaks = self._forbid_far_attention(log_probs, attn, peaks)
-            self._forbid_eos(log_probs, least > len(scores) if len(scores) < latest else None)
+            decoded, log_probs, attn = step.scores(tokens, predecessors)
+            if len(scores) < latest:
+                eos = log_probs[:, self.eos_index]
+                eos.masked_fill_(least > len(scores), self.minus_inf)
+            if self.scorer is not None:
+                attn = attn.clone()  # which a scorer may keep
             log_probs, scorer_memory = self._scorer_step(tokens, scorer_memory, attn, log_probs)
             totals = totals + log_probs.reshape(self.batch_size, self.beam_size, self.n_out)
             # Of one length are all, so that length normalisation would choose the same.
             totals, candidates = totals.flatten(1).topk(self.beam_size, -1)
             predecessors = candidates.div(self.n_out, rounding_mode="floor").add_(first).view(-1)
             tokens = (candidates % self.n_out).view(-1)
-            step.permute(predecessors)
             scorer_memory = self._scorer_permute_memory_step(
                 scorer_memory, predecessors, candidates
             )
-            peaks = self._max_attn_shift_permute_memory_step(peaks, predecessors)
             scores.append(totals)
             of_tokens.append(decoded.view(self.batch_size, -1).gather(1, candidates))
             is_eos = (tokens == self.eos_index).view_as(totals)
             totals = totals.masked_fill(is_eos, -torch.inf).unsqueeze(2)
             found.add(candidates.cpu().numpy(), self.eos_index)
         return found.best(self, scores, of_tokens)
-
-    def _forbid_far_attention(self, log_probs, attn, peaks):
-        """Forbid all tokens where the attention has jumped; returns its new peaks."""
-        new = attn.max(1).indices
-        shift = new - peaks
-        is_far = (shift > self.max_attn_shift) | (shift <= -self.max_attn_shift)
-        log_probs.masked_fill_(is_far.unsqueeze(1), self.minus_inf)
-        return new
-
-    def _forbid_eos(self, log_probs, is_early):
-        """Where an utterance has too few tokens yet, and where eos is not likely enough."""
-        eos = log_probs[:, self.eos_index]
-        if is_early is not None:
-            eos.masked_fill_(is_early, self.minus_inf)
-        if self.using_eos_threshold:
-            least = self.eos_threshold * log_probs.amax(-1)
-            eos.masked_fill_(eos <= least, self.minus_inf)
 
 
 class S2SRNNGreedySearcher(stock.S2SRNNGreedySearcher):
@@ -277,7 +263,7 @@ class S2SRNNGreedySearcher(stock.S2SRNNGreedySearcher):
         ends = torch.tensor(limits, device=states.device)
         found = []
         for count in range(longest):
-            logits, _ = step(tokens)
+            logits, _ = step.logits(tokens)
             if self.temperature == 0:
                 tokens = logits.argmax(-1)
             else:
@@ -317,7 +303,10 @@ def build(search_class, **arguments):
 
 
 class _Step:
-    """SpeechBrain's `forward_step` of search and decoder, and its memory."""
+    """SpeechBrain's `forward_step` of search and decoder, and its memory.
+
+    All tensors keep their place, as a CUDA graph wants it.
+    """
 
     def __init__(self, search, states, frames, beam):
         self.search, self.decoder = search, search.dec
@@ -326,21 +315,66 @@ class _Step:
         # Context and hidden state side by side: the output layer and `permute` take both.
         self.sizes = (self.decoder.attn_dim, self.decoder.hidden_size)
         self.state = self.attention.keys.new_zeros(len(states) * beam, sum(self.sizes))
+        self.logits = _replayed(search, self._logits)
 
-    def __call__(self, tokens):
-        """What the output layer says of the next token, [B * beam, n_out], and the attention."""
+    def _logits(self, tokens, predecessors=None):
+        """What the output layer says of the next token, [B * beam, n_out], and the attention.
+
+        Hypothesis i is what predecessors[i] was, with one token more.
+        """
         search, decoder = self.search, self.decoder
-        context, hidden = self.state.split(self.sizes, 1)
+        state = self.state
+        if predecessors is not None:
+            state = state.index_select(0, predecessors)
+        context, hidden = state.split(self.sizes, 1)
         inputs = decoder.drop(torch.cat([search.emb(tokens), context], 1))
         hidden = decoder.rnn.rnn_cells[0](inputs, hidden)
-        context, weights = self.attention(hidden)
-        self.state = torch.cat([context, hidden], 1)
+        context, weights = self.attention(hidden, predecessors)
+        torch.cat([context, hidden], 1, out=self.state)
         return search.fc(decoder.proj(self.state)), weights
 
-    def permute(self, index):
-        """Let hypothesis i be what index[i] was."""
-        self.state = self.state.index_select(0, index)
-        self.attention.permute(index)
+
+class _BeamStep(_Step):
+    """A step of the decoder with what a beam search makes of it before the scorers."""
+
+    def __init__(self, search, states, frames):
+        super().__init__(search, states, frames, search.beam_size)
+        self.peaks = torch.zeros(len(self.state), dtype=torch.long, device=states.device)
+        self.highest = self.attention.weights[:, 0].clone()
+        self.scores = _replayed(search, self._scores)
+
+    def _scores(self, tokens, predecessors):
+        """Log-probabilities of the next token, [B * beam, n_out].
+
+        As they are, weighted and without what the attention and the threshold of eos forbid; and
+        the attention.
+        """
+        search = self.search
+        logits, attn = self._logits(tokens, predecessors)
+        decoded = search.softmax(logits / search.temperature)
+        log_probs = search.attn_weight * decoded
+        if search.using_max_attn_shift:
+            before = self.peaks.index_select(0, predecessors)
+            torch.max(attn, 1, out=(self.highest, self.peaks))
+            shift = self.peaks - before
+            is_far = (shift > search.max_attn_shift) | (shift <= -search.max_attn_shift)
+            log_probs.masked_fill_(is_far.unsqueeze(1), search.minus_inf)
+        if search.using_eos_threshold:
+            eos = log_probs[:, search.eos_index]
+            least = search.eos_threshold * log_probs.amax(-1)
+            eos.masked_fill_(eos <= least, search.minus_inf)
+        return decoded, log_probs, attn
+
+
+def _replayed(search, function):
+    """A step of the decoder, in a CUDA graph if nothing in it is anybody else's."""
+    kinds = (nn.Embedding, nn.Linear, embedding.Embedding, linear.Linear)
+    parts = [part for whole in (search.emb, search.fc) for part in whole.modules()]
+    is_known = all(
+        any(is_plain(part, kind) for kind in kinds) and getattr(part, "max_norm", None) is None
+        for part in parts
+    )
+    return Replay(function) if is_known else function
 
 
 class _Hypotheses:

@@ -1,5 +1,7 @@
 """Beam search and greedy search against SpeechBrain's own, with the same weights and scorers."""
 
+import concurrent.futures
+import contextlib
 import copy
 import itertools
 import math
@@ -22,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sb_fast_sligru
 from sb_fast_sligru import _shared_attention
+from sb_fast_sligru._replay import Replay
 from sb_fast_sligru.ops import _backends
+from sb_fast_sligru.search import _replayed as replayed
 from sb_fast_sligru.search import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,11 +111,11 @@ class Model:
         )
 
 
-def make_states(frames=FRAMES, seed=5):
+def make_states(frames=FRAMES, seed=5, device="cpu"):
     """Encoder states [B, T, ENCODER], padded by noise, and relative lengths."""
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(len(frames), max(frames), ENCODER, generator=generator)
-    return states, torch.tensor(frames) / max(frames)
+    return states.to(device), (torch.tensor(frames) / max(frames)).to(device)
 
 
 def alone(search, states, wav_len):
@@ -453,12 +457,12 @@ class Launches(TorchDispatchMode):
         return result
 
 
-def launches_of_a_token(search, batch):
+def launches_of_a_token(search, batch, device="cpu"):
     """Operators, and reads, that one more token costs."""
     found = []
     for tokens in (4, 14):
         search.max_decode_ratio = tokens / 20 + 1e-6
-        states, wav_len = make_states((20,) * batch)
+        states, wav_len = make_states((20,) * batch, device=device)
         with Launches() as seen:
             search(states, wav_len)
         found.append(seen)
@@ -475,8 +479,8 @@ def test_operators_of_a_token(batch):
     with torch.no_grad():
         model.parts["linear"].w.bias[EOS] = -1e4
     most = {
-        BEAM: (51, {"beam_size": 4, "using_max_attn_shift": True, "temperature": 1.25}),
-        GREEDY: (34, {}),
+        BEAM: (52, {"beam_size": 4, "using_max_attn_shift": True, "temperature": 1.25}),
+        GREEDY: (35, {}),
     }
     for name, (limit, options) in most.items():
         theirs, ours = model.pair(name, **options)
@@ -494,6 +498,122 @@ def test_keys_are_one_an_utterance():
         with Launches() as seen:
             ours(*make_states((40,)))
     assert seen.largest <= 64 * 40
+
+
+# On a GPU ---------------------------------------------------------------------------------------
+
+
+def on_gpu(name, seed=0, **options):
+    """Our search on a GPU."""
+    model = Model(seed)
+    for part in (*model.parts.values(), model.ctc, model.lm):
+        part.cuda()
+    return model.search(getattr(sb_fast_sligru, name), **options)
+
+
+def to_host(outputs):
+    return tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in outputs)
+
+
+@pytest.fixture
+def without_graphs():
+    """Steps run as they are while the fixture's function is on."""
+
+    @contextlib.contextmanager
+    def patched():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Replay, "__call__", lambda self, *inputs: self.function(*inputs))
+            yield
+
+    return patched
+
+
+@pytest.mark.gpu
+@each_option
+def test_beam_search_on_a_gpu(options):
+    for beam, frames in ((1, (16,)), (4, FRAMES), (11, (40, 13))):
+        _, ours = Model(beam).pair(beam_size=beam, **options)
+        found = on_gpu(BEAM, beam, beam_size=beam, **options)(*make_states(frames, device="cuda"))
+        assert_same(to_host(found), ours(*make_states(frames)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"max_decode_ratio": 0.3}], ids=["plain", "short"])
+def test_greedy_search_on_a_gpu(options):
+    for seed in range(3):
+        _, ours = Model(seed).pair(GREEDY, **options)
+        found = on_gpu(GREEDY, seed, **options)(*make_states(device="cuda"))
+        assert_same(to_host(found), ours(*make_states()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [BEAM, GREEDY])
+def test_graphs_give_the_same_bits(name, dtype, without_graphs):
+    options = OPTIONS["recipe"] | {"beam_size": 6} if name == BEAM else {}
+    search = on_gpu(name, **options)
+    with torch.autocast("cuda", dtype, enabled=dtype is not None):
+        graphed = search(*make_states(device="cuda"))
+        with without_graphs():
+            plain = search(*make_states(device="cuda"))
+    assert graphed[0] == plain[0] and max(map(len, graphed[0])) > 3
+    for ours, theirs in zip(graphed[1:], plain[1:], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_a_token_is_few_launches_on_a_gpu():
+    """The decoder's are in one graph; the rest is the choice of hypotheses."""
+    model = Model()
+    with torch.no_grad():
+        model.parts["linear"].w.bias[EOS] = -1e4
+    for part in model.parts.values():
+        part.cuda()
+    options = {"beam_size": 4, "using_max_attn_shift": True, "temperature": 1.25}
+    search = model.search(sb_fast_sligru.S2SRNNBeamSearcher, **options)
+    count, waits = launches_of_a_token(search, 2, "cuda")
+    assert count <= 14 and waits <= 1
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu_does_not_grow():
+    search = on_gpu(BEAM, beam_size=6, **OPTIONS["recipe"])
+    reserved = []
+    for frames in (60, *range(20, 50)):
+        search(*make_states((frames,), device="cuda"))
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[2]
+
+
+@pytest.mark.gpu
+def test_searches_on_streams_and_threads_of_their_own():
+    search = on_gpu(BEAM, beam_size=6, full=("coverage",))
+    inputs = [make_states((frames,), frames, "cuda") for frames in (20, 33, 27, 41)]
+    expected = [search(*pair) for pair in inputs]
+
+    def run(number):
+        own = on_gpu(BEAM, beam_size=6, full=("coverage",))
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return [own(*inputs[number]) for _ in range(4)]
+
+    torch.cuda.synchronize()
+    with concurrent.futures.ThreadPoolExecutor(len(inputs)) as pool:
+        for results, theirs in zip(pool.map(run, range(len(inputs))), expected, strict=True):
+            for ours in results:
+                assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("change", ["hook", "max_norm", "own"])
+def test_parts_that_are_not_plain_stay_out_of_graphs(change):
+    _, ours = Model().pair(beam_size=4)
+    linear = ours.fc
+    if change == "hook":
+        linear.w.register_forward_hook(lambda *_: None)
+    elif change == "max_norm":
+        linear.max_norm = 0.1
+    else:
+        ours.fc = torch.nn.Sequential(linear)
+    assert not isinstance(replayed(ours, len), Replay)
 
 
 # Bad input --------------------------------------------------------------------------------------
