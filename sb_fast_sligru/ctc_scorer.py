@@ -124,13 +124,14 @@ class _PrefixScore:
         self.blank_index = _checked("blank_index", blank_index, vocabulary)
         self.eos_index = _checked("eos_index", eos_index, vocabulary)
         self.ctc_window_size = ctc_window_size
-        self.utterances = torch.arange(batch, device=log_probs.device)[:, None]
 
     @torch.no_grad()
     def forward_step(self, inp_tokens, states, candidates=None, attn=None):
         """Score what may follow; see `CTCScorer.score`."""
         if states is None:
             beam = self._beam(inp_tokens.shape[0])
+            utterances = torch.arange(len(self.log_probs), device=self.log_probs.device)
+            self.first = (utterances * beam)[:, None]  # hypothesis of each
             states = ops.ctc_prefix_start(self.log_probs, self.blank_index, beam), 0.0
         state, psi_before = states
         window = self._window(attn)
@@ -151,9 +152,8 @@ class _PrefixScore:
         """Go on with what the search has chosen; see `CTCScorer.permute_mem`."""
         state, psi, last_tokens, window = memory
         vocabulary = self.log_probs.shape[1]
-        beam = psi.shape[0] // max(1, len(self.utterances))
-        parents = index.div(vocabulary, rounding_mode="floor") + self.utterances * beam
-        chosen = psi.view(len(self.utterances), -1).gather(1, index)
+        parents = index.div(vocabulary, rounding_mode="floor").add_(self.first)
+        chosen = psi.view(len(self.log_probs), -1).gather(1, index)
         state = ops.ctc_prefix_extend(
             self.log_probs,
             self.lengths,
@@ -167,7 +167,7 @@ class _PrefixScore:
         return state, chosen.view(-1, 1)
 
     def _beam(self, hypotheses):
-        batch = len(self.utterances)
+        batch = len(self.log_probs)
         if batch == 0 or hypotheses % batch:
             raise ValueError(
                 f"inp_tokens must be a multiple of {batch}, the utterances, but are {hypotheses}"
