@@ -48,31 +48,33 @@ class Replay:
 
     def _capture(self, inputs):
         self.inputs = [given.clone() for given in inputs]
-        memory = _memory(inputs[0].device)
-        graph = torch.cuda.CUDAGraph()
-        memory.stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
-        # Not torch.cuda.graph, which empties PyTorch's cache of memory each time.
-        with torch.cuda.stream(memory.stream):
-            # Other threads, which load data, may go on.
-            graph.capture_begin(memory.pool.id, capture_error_mode="thread_local")
-            try:
-                self.outputs = self.function(*self.inputs)
-            finally:
-                graph.capture_end()
-        self.graph = graph
+        stream, pool = _place(inputs[0].device)
+        stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
+        self.graph, self.outputs = _captured(lambda: self.function(*self.inputs), stream, pool)
 
 
-class _Memory:
-    """A stream to capture on, and memory that a thread's graphs share, one after another."""
+def _captured(function, stream, pool=None):
+    """The graph of a call of `function`, and what it returns.
 
-    def __init__(self, device):
-        with torch.cuda.device(device):
-            self.stream = torch.cuda.Stream()
-            self.pool = torch.cuda.MemPool()
+    Not by torch.cuda.graph, which empties PyTorch's cache of memory each time.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        # Other threads, which load data, may go on.
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            outputs = function()
+        finally:
+            graph.capture_end()
+    return graph, outputs
 
 
-def _memory(device):
-    memories = _local.__dict__.setdefault("memories", {})
-    if device not in memories:
-        memories[device] = _Memory(device)
-    return memories[device]
+def _place(device):
+    """A stream to capture on, and the pool of memory that a thread's graphs share in turn."""
+    places = _local.__dict__.setdefault("places", {})
+    if device not in places:
+        stream = torch.cuda.Stream(device)
+        # A pool lives as long as a graph that has memory in it.
+        places[device] = stream, _captured(lambda: torch.zeros(1, device=device), stream)
+    stream, (graph, _) = places[device]
+    return stream, graph.pool()

@@ -123,16 +123,20 @@ class _LightGRULayer:
         elif not (self.bidirectional and self.norm.training):
             return self.norm(rows).view_as(wx)
         else:
-            n = rows.shape[0]
+            is_alone = True
             if not torch.jit.is_scripting():
-                n = _count_over_processes(self.norm, rows)
+                is_alone = _is_alone(self.norm)
             # BatchNorm refuses one row, not the same row twice. Several processes have several.
-            if isinstance(n, int) and n < 2:
+            if rows.shape[0] < 2 and is_alone:
                 return self.norm(rows.repeat(2, 1))[: rows.shape[0]].view_as(wx)
             if self.norm.running_var is None or not self.norm.track_running_stats:
                 return self.norm(rows).view_as(wx)
             before = self.norm.running_var.clone()
             out = self.norm(rows).view_as(wx)
+            n = rows.shape[0]
+            if not torch.jit.is_scripting():
+                if not is_alone:
+                    n = _count_over_processes(self.norm, rows)
             if self.norm.momentum is None:  # the average of all batches so far
                 before -= before / self.norm.num_batches_tracked
             else:
@@ -320,14 +324,16 @@ def _light_gru(
     )
 
 
-def _count_over_processes(norm, rows):
-    """Count the rows that `norm` takes its statistics of; SyncBatchNorm sees all processes'.
-
-    The count over several processes is a tensor on the device, which nobody has to wait for.
-    """
+def _is_alone(norm):
+    """Tell whether `norm` takes its statistics of this process's rows alone."""
     synchronised = isinstance(norm, (SyncBatchNorm, nn.SyncBatchNorm))
-    if not synchronised or count_processes(norm) == 1:
-        return rows.shape[0]
+    return not synchronised or count_processes(norm) == 1
+
+
+def _count_over_processes(norm, rows):
+    """Count the rows of all processes, on the device: nobody has to wait for it."""
+    if isinstance(norm, SyncBatchNorm):
+        return norm.rows.sum()
     count = torch.full((), rows.shape[0], device=rows.device)
     distributed.all_reduce(count, group=norm.process_group)
     return count

@@ -340,7 +340,7 @@ class _BeamStep(_Step):
     def __init__(self, search, states, frames):
         super().__init__(search, states, frames, search.beam_size)
         self.peaks = torch.zeros(len(self.state), dtype=torch.long, device=states.device)
-        self.highest = self.attention.weights[:, 0].clone()
+        self.highest = torch.zeros_like(self.peaks, dtype=self.attention.weights.dtype)
         self.scores = _replayed(search, self._scores)
 
     def _scores(self, tokens, predecessors):

@@ -2,11 +2,13 @@
 
 PyTorch's own reads, in every call, which processes had rows, and so waits for the GPU; and it runs
 on GPUs alone. Here every process has rows, on any device. With n_p rows, mean m_p and (biased)
-variance v_p in process p, N = sum n_p, and y of a row x and its normalised value xh:
+variance v_p in process p, N = sum n_p, and y of a row x:
 
     mean = sum n_p m_p / N            variance = sum n_p (v_p + (m_p - mean)^2) / N
-    xh   = (x - mean) rstd            y = xh w + b
-    dx   = w rstd (dy - sum(dy) / N - xh sum(dy xh) / N)      sums over the rows of all processes
+    y    = (x - mean) rstd w + b      rstd = 1 / sqrt(variance + eps)
+    dx   = w rstd (dy - sum(dy) / N - (x - mean) rstd^2 sum(dy (x - mean)) / N)
+
+with sums over the rows of all processes. On a GPU each line is a kernel that PyTorch has for it.
 """
 
 import torch
@@ -38,6 +40,8 @@ class SyncBatchNorm(_NormBase):
     >>> net(torch.rand(3, 4)).shape
     torch.Size([3, 4])
     """
+
+    rows = None  # of each process in the last batch of training, [processes]
 
     def __init__(self, *arguments, process_group=None, **options):
         super().__init__(*arguments, **options)
@@ -74,48 +78,20 @@ class SyncBatchNorm(_NormBase):
         self._check_input_dim(x)
         if x.numel() == 0:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected rows in every process")
-        with torch.no_grad():
-            mean, variance, count = self._statistics(x)
-            if self.running_mean is not None:
-                self._track(mean, variance, count)
-        return _Normalise.apply(
-            x, self.weight, self.bias, mean, variance, count, self.eps, self.process_group
-        )
+        return _Normalise.apply(x, self.weight, self.bias, self)
 
     def _check_input_dim(self, x):
         if x.ndim < 2:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [rows, channels, ...]")
 
-    def _statistics(self, x):
-        """Mean, biased variance and number of the rows of all processes, in float32 or float64."""
-        narrow = not x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-        # On a GPU the statistics of 16-bit numbers are float32's, on a CPU they would be rounded.
-        own_mean, own_variance = torch.batch_norm_update_stats(
-            x.float() if narrow else x, None, None, 0.0
-        )
-        own_count = own_mean.new_full((1,), x.numel() // x.shape[1])
-        own = torch.cat([own_mean, own_variance, own_count])
-        every = own.new_empty(count_processes(self) * own.numel())
-        distributed.all_gather_into_tensor(every, own, group=self.process_group)
-        every = every.view(-1, own.numel())
-        means, variances, counts = every.split([x.shape[1], x.shape[1], 1], dim=1)
-        count = counts.sum()
-        shares = counts / count
-        mean = (shares * means).sum(0)
-        variance = (shares * (variances + (means - mean).square())).sum(0)
-        return mean, variance, count
-
-    def _track(self, mean, variance, count):
-        """Update the running statistics, of which the variance is unbiased."""
+    def _momentum(self):
+        """The new share of the running statistics."""
+        if self.running_mean is None:
+            return 0.0
         self.num_batches_tracked += 1
-        momentum = self.momentum
-        if momentum is None:  # the average of all batches so far
-            momentum = 1 / self.num_batches_tracked
-        for running, value in (
-            (self.running_mean, mean),
-            (self.running_var, variance * (count / (count - 1))),
-        ):
-            running += momentum * (value - running)
+        if self.momentum is None:  # the average of all batches so far; here the host does wait
+            return 1 / self.num_batches_tracked.item()
+        return self.momentum
 
 
 def count_processes(norm):
@@ -126,33 +102,99 @@ def count_processes(norm):
 
 
 class _Normalise(torch.autograd.Function):
-    """x normalised by statistics that follow from the x of all processes."""
+    """x normalised by the statistics of all processes, which `norm` notes."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, variance, count, eps, group):
-        ctx.save_for_backward(x, weight, mean, variance, count)
-        ctx.eps, ctx.group = eps, group
-        return nn.functional.batch_norm(x, mean, variance, weight, bias, eps=eps)
+    def forward(ctx, x, weight, bias, norm):
+        x = x.contiguous()
+        on = torch if x.is_cuda else _OnCPU
+        mean, rstd = on.batch_norm_stats(x, norm.eps)
+        rows = mean.new_full((1,), x.numel() // x.shape[1])
+        own = torch.cat([mean, rstd, rows])
+        every = own.new_empty(count_processes(norm) * own.numel())
+        distributed.all_gather_into_tensor(every, own, group=norm.process_group)
+        means, rstds, rows = every.view(-1, own.numel()).split([len(mean), len(mean), 1], dim=1)
+        norm.rows = rows.flatten()
+        mean, rstd = on.batch_norm_gather_stats_with_counts(
+            x, means, rstds, norm.running_mean, norm.running_var, norm._momentum(), norm.eps,
+            norm.rows,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, mean, rstd, norm.rows)
+        ctx.group = norm.process_group
+        return on.batch_norm_elemt(x, weight, bias, mean, rstd, norm.eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, mean, variance, count = ctx.saved_tensors
-        rstd = (variance + ctx.eps).rsqrt()
-        # As if the statistics were constants; sum(dy xh) and sum(dy) of this process beside it.
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, mean, rstd, False, ctx.eps, [True, True, True]
+        x, weight, mean, rstd, rows = ctx.saved_tensors
+        grad = grad.contiguous()
+        on = torch if x.is_cuda else _OnCPU
+        sum_dy, sum_dy_xmu, grad_weight, grad_bias = on.batch_norm_backward_reduce(
+            grad, x, mean, rstd, weight, *ctx.needs_input_grad[:3]
         )
-        sums = torch.stack([grad_weight, grad_bias]).to(mean.dtype)
-        distributed.all_reduce(sums, group=ctx.group)
-        # What is missing is w rstd (sum(dy) + xh sum(dy xh)) / N = slope x + shift.
-        scale = rstd / count if weight is None else weight * rstd / count
-        slope = scale * rstd * sums[0]
-        shift = scale * sums[1] - slope * mean
-        over_channels = (1, -1, *(1,) * (x.ndim - 2))
-        grad_x -= torch.addcmul(shift.view(over_channels), x, slope.view(over_channels))
-        wanted = ctx.needs_input_grad[1:3]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            sums = torch.cat([sum_dy, sum_dy_xmu])
+            distributed.all_reduce(sums, group=ctx.group)
+            grad_x = on.batch_norm_backward_elemt(
+                grad, x, mean, rstd, weight, *sums.chunk(2), rows.to(torch.int32)
+            )
+        return grad_x, grad_weight, grad_bias, None
+
+
+class _OnCPU:
+    """What PyTorch has for GPUs alone, in float32 where `x` has 16 bits."""
+
+    @staticmethod
+    def batch_norm_stats(x, eps):
+        mean, variance = torch.batch_norm_update_stats(_wide(x), None, None, 0.0)
+        return mean, (variance + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_gather_stats_with_counts(
+        x, means, rstds, running_mean, running_var, momentum, eps, counts
+    ):
+        count = counts.sum()
+        shares = (counts / count)[:, None]
+        mean = (shares * means).sum(0)
+        variance = (shares * (rstds**-2 - eps + (means - mean).square())).sum(0)
+        if running_mean is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            unbiased = variance * (count / (count - 1))
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        return mean, (variance + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_elemt(x, weight, bias, mean, rstd, eps):
+        return nn.functional.batch_norm(x, mean, rstd**-2 - eps, weight, bias, eps=eps)
+
+    @staticmethod
+    def batch_norm_backward_reduce(grad, x, mean, rstd, weight, *wanted):
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        grad = _wide(grad)
+        sum_dy = grad.sum(axes)
+        sum_dy_xmu = (grad * (_wide(x) - _over_rows(mean, x))).sum(axes)
         grad_weight, grad_bias = (
-            g if want else None for g, want in zip((grad_weight, grad_bias), wanted, strict=True)
+            gradient.to(weight.dtype) if want else None
+            for gradient, want in zip((sum_dy_xmu * rstd, sum_dy), wanted[1:], strict=True)
         )
-        return grad_x, grad_weight, grad_bias, *(None,) * 5
+        return sum_dy, sum_dy_xmu, grad_weight, grad_bias
+
+    @staticmethod
+    def batch_norm_backward_elemt(grad, x, mean, rstd, weight, sum_dy, sum_dy_xmu, counts):
+        count = counts.sum()
+        scale = rstd if weight is None else rstd * weight
+        slope = rstd.square() * sum_dy_xmu / count
+        shift, slope, mean, scale = (
+            _over_rows(values, x) for values in (sum_dy / count, slope, mean, scale)
+        )
+        return (scale * (_wide(grad) - shift - (_wide(x) - mean) * slope)).to(x.dtype)
+
+
+def _wide(x):
+    return x.float() if x.dtype.itemsize == 2 else x
+
+
+def _over_rows(values, x):
+    """Values of channels beside x [rows, channels, ...]."""
+    return values.view(1, -1, *(1,) * (x.ndim - 2))
