@@ -9,6 +9,7 @@ import torch
 from . import __version__, _library, ops
 
 CNN_FRAME = 40, 128  # frequencies and channels of the recipes' first block
+ATTENTION = 1024, 16, 201  # units, channels and taps of the seq2seq recipe's search
 
 
 def _speechbrain():
@@ -103,6 +104,10 @@ def report(hidden=512, rows=16):
     lines.append("Backend for CTC prefix scores:")
     for device in map(torch.device, devices):
         choice = ops.choose_ctc_prefix_backend(device)
+        lines.append("  {:<18} {} ({})".format(str(device), *choice))
+    lines.append("Backend for attention energies of a search:")
+    for device in map(torch.device, devices):
+        choice = ops.choose_location_energies_backend(device, torch.float32, *ATTENTION)
         lines.append("  {:<18} {} ({})".format(str(device), *choice))
     return lines
 

@@ -7,6 +7,8 @@ inherited, and scorers are called as they are. Replaced is the loop over tokens:
 step                         SpeechBrain                      here
 ===========================  ===============================  ===================================
 attention keys and values    a copy for each hypothesis       one an utterance
+energies of the attention    operators over hypotheses,       ``ops.location_energies``
+                             frames and units
 hypotheses                   all their tokens copied at each  predecessors, followed at the end
                              token
 ended hypotheses             read one by one from the GPU     one array a token goes to the host

@@ -23,7 +23,6 @@ from speechbrain.nnet.linear import Linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sb_fast_sligru
-from sb_fast_sligru import _shared_attention
 from sb_fast_sligru._replay import Replay
 from sb_fast_sligru.ops import _backends
 from sb_fast_sligru.search import _replayed as replayed
@@ -261,14 +260,6 @@ def test_speechbrains_decoder_and_scaling(scaling):
     assert_same_as_alone(ours(*make_states()), alone(theirs, *make_states()))
 
 
-@pytest.mark.parametrize("most", [1, 400, 1000])
-def test_attention_in_parts(monkeypatch, most):
-    _, ours = Model().pair(beam_size=5, full=("coverage",))
-    whole = ours(*make_states())
-    monkeypatch.setitem(_shared_attention.MAX_VALUES, "cpu", most)
-    assert_same(ours(*make_states()), whole)
-
-
 def test_large_beam():
     theirs, ours = Model(3, vocabulary=90).pair(
         beam_size=80, full=("coverage",), partial=("ctc",), topk=5, return_topk=True
@@ -490,13 +481,11 @@ def test_operators_of_a_token(batch):
 
 
 def test_keys_are_one_an_utterance():
-    """No tensor of a hypothesis' keys, but the values of the attention in parts."""
+    """No tensor has a hypothesis' keys, nor a number for each of them."""
     sizes = {"attn_dim": 64, "hidden_size": 12}
     _, ours = Model(**sizes).pair(beam_size=10)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_shared_attention.MAX_VALUES, "cpu", 64 * 40)
-        with Launches() as seen:
-            ours(*make_states((40,)))
+    with Launches() as seen:
+        ours(*make_states((40,)))
     assert seen.largest <= 64 * 40
 
 

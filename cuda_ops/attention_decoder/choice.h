@@ -4,12 +4,13 @@
 #include <cstdint>
 #include <string>
 
+#include "common/location_attention.h"
 #include "common/types.h"
 
 namespace sb_fast_sligru::attention_decoder {
 
-constexpr int64_t kMostChannels = 16;
-constexpr int64_t kMostTaps = 495;  // their windows, one a warp, have to fit into shared memory
+constexpr int64_t kMostChannels = location_attention::kChannels;
+constexpr int64_t kMostTaps = location_attention::kMostTaps;
 
 // What keeps them from serving a call, "" if nothing does.
 inline std::string persistent_obstacle(bool has_tensor_code, DType operand_type, int64_t channels,

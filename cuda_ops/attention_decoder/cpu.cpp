@@ -16,27 +16,6 @@ using namespace sb_fast_sligru::cpu;
 constexpr int64_t kMultiplyAdds = 64;
 constexpr int64_t kBlock = 16;  // frames whose ds are kept together, near the first-level cache
 
-// out[j] += sum_i scale[i * scale_stride] rows[i * row_stride + j]; rows may overlap.
-template <class T>
-SLIGRU_HD void add_rows(const T* rows, int64_t row_stride, const T* scale, int64_t scale_stride,
-                        int64_t count, int64_t n, T* out) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    const T *r0 = rows + i * row_stride, *r1 = r0 + row_stride, *r2 = r1 + row_stride,
-            *r3 = r2 + row_stride;
-    const T s0 = scale[i * scale_stride], s1 = scale[(i + 1) * scale_stride],
-            s2 = scale[(i + 2) * scale_stride], s3 = scale[(i + 3) * scale_stride];
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) out[j] += (s0 * r0[j] + s1 * r1[j]) + (s2 * r2[j] + s3 * r3[j]);
-  }
-  for (; i < count; ++i) {
-    const T* r = rows + i * row_stride;
-    const T s = scale[i * scale_stride];
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) out[j] += s * r[j];
-  }
-}
-
 template <class T>
 SLIGRU_HD T dot(const T* x, const T* y, int64_t n) {
   T sum = 0;

@@ -13,6 +13,7 @@ from ._ctc_prefix import (
     ctc_prefix_start,
 )
 from ._light_gru import Choice, choose_backend, choose_kernel, light_gru
+from ._location_energies import choose_location_energies_backend, location_energies
 from ._norm_pool import choose_norm_pool_backend, norm_pool
 
 __all__ = [
@@ -25,11 +26,13 @@ __all__ = [
     "choose_ctc_prefix_backend",
     "choose_decoder_backend",
     "choose_kernel",
+    "choose_location_energies_backend",
     "choose_norm_pool_backend",
     "ctc_prefix_extend",
     "ctc_prefix_scores",
     "ctc_prefix_start",
     "gpu",
     "light_gru",
+    "location_energies",
     "norm_pool",
 ]

@@ -4,6 +4,7 @@ from ._attention_decoder import attention_decoder
 from ._ctc_prefix import LOG_ZERO, ctc_prefix_extend, ctc_prefix_scores, ctc_prefix_start
 from ._error import relative_error
 from ._light_gru import ACTIVATIONS, light_gru
+from ._location_energies import location_energies
 from ._norm_pool import norm_pool
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ctc_prefix_scores",
     "ctc_prefix_start",
     "light_gru",
+    "location_energies",
     "norm_pool",
     "relative_error",
 ]

@@ -13,7 +13,7 @@
 // Sums over tokens (gradients of weights, keys, values) are not formed here but after the loop, from
 // what the phases leave in memory (sweep.h, sums.cu).
 #include "attention_decoder/persistent/products.cuh"
-#include "attention_decoder/persistent/scores.cuh"
+#include "attention_decoder/persistent/window.cuh"
 #include "common/cooperative_launch.cuh"
 #include "common/grid_barrier.cuh"
 

@@ -12,7 +12,7 @@
 // Weights, keys and values are read anew at every token, from L2 where they fit. Phases hand each
 // other their results through global memory (Forward in persistent.h).
 #include "attention_decoder/persistent/products.cuh"
-#include "attention_decoder/persistent/scores.cuh"
+#include "attention_decoder/persistent/window.cuh"
 #include "common/cooperative_launch.cuh"
 #include "common/grid_barrier.cuh"
 

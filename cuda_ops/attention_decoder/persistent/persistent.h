@@ -15,10 +15,9 @@
 
 namespace sb_fast_sligru::attention_decoder {
 
+using namespace location_attention;
+
 constexpr int kWidthMultiple = 32;
-constexpr int kChannels = kMostChannels;
-constexpr int kTileFrames = 16;
-constexpr int kFilterTapsMultiple = 8;
 
 struct Shape {
   int batch, tokens, frames, hidden, attention, value, context;

@@ -8,7 +8,7 @@
 //            dF[k] = sum over rows, tokens and frames of df[l] p_{t-1}[l + k - K]: a block takes 8
 //            tokens of a row, its warps share the taps; a product on tensor cores with p's window
 //            as the second operand
-#include "attention_decoder/persistent/scores.cuh"
+#include "attention_decoder/persistent/window.cuh"
 
 namespace sb_fast_sligru::attention_decoder {
 namespace {

@@ -1,27 +1,21 @@
-// Location features f and the argument s of the attention's tanh, by a warp for 16 frames at a time,
-// on tensor cores: the parts that both passes compute.
+// What is inside location-aware attention's tanh, by a warp for 16 frames at a time, on tensor cores:
+// the location features f, which are last weights convolved with filters, and s = key + query + W_f f.
 //
 // In a lane 4g + c a tile of s is s[j][i], j = 0..3: units 8c + 2j and 8c + 2j + 1 of 32, for frame
 // g (i = 0, 1) and for frame g + 8 (i = 2, 3): eight neighbouring units of two frames, so that a
 // lane reads its part of the keys in one piece.
 #pragma once
 
-#include "attention_decoder/persistent/persistent.h"
 #include "common/elementary.cuh"
+#include "common/location_attention.h"
 #include "common/skinny_product.cuh"
+#include "common/types.h"
 #include "common/warp.cuh"
 
-namespace sb_fast_sligru::attention_decoder {
-
-constexpr int kTileUnits = 32;
+namespace sb_fast_sligru::location_attention {
 
 template <class T>
 constexpr bool kIsFloat = sizeof(T) == 4;
-
-__device__ __forceinline__ int length_of(const Shape& shape, int row) {
-  const int64_t length = shape.lengths[row];
-  return length < 0 ? 0 : length > shape.frames ? shape.frames : static_cast<int>(length);
-}
 
 // ---- elementary functions
 
@@ -67,26 +61,6 @@ __device__ __forceinline__ float tanh_of(float x) {
 // Rows of filters in shared memory, apart so that lanes meet no bank twice.
 SLIGRU_HD constexpr int filter_stride(int padded_taps) { return padded_taps + 4; }
 SLIGRU_HD constexpr int window_floats(int padded_taps) { return kTileFrames + padded_taps; }
-
-// p_{token - 1} around a tile's frames, by one warp.
-__device__ __forceinline__ void load_window(const Shape& shape, const float* attention, int row,
-                                            int token, int tile, float* window) {
-  const int first = tile * kTileFrames - shape.taps / 2, length = length_of(shape, row);
-  const float* previous =
-      attention + (static_cast<int64_t>(row) * shape.tokens + token - 1) * shape.frames;
-  const float even = 1.f / static_cast<float>(length);
-  for (int i = threadIdx.x % 32; i < window_floats(shape.padded_taps()); i += 32) {
-    const int frame = first + i;
-    const bool inside = frame >= 0 && frame < shape.frames;
-    if (token > 0) {
-      window[i] = inside ? __ldcg(previous + frame) : 0.f;
-    } else {
-      // SpeechBrain's mask times 1 / length, which is NaN where the length is 0.
-      window[i] = inside ? (frame < length ? 1.f : 0.f) * even : 0.f;
-    }
-  }
-  __syncwarp();
-}
 
 // f[j][i]: channels 8j + 2c and 8j + 2c + 1 of frames g (i = 0, 1) and g + 8 (i = 2, 3).
 template <class T>
@@ -281,4 +255,4 @@ cudaError_t with_operand(DType type, const F& f) {
   }
 }
 
-}  // namespace sb_fast_sligru::attention_decoder
+}  // namespace sb_fast_sligru::location_attention
