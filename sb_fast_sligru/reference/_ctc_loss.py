@@ -35,7 +35,9 @@ def ctc_loss(log_probs, targets, input_lengths, target_lengths, *, blank_index):
     tokens = torch.where(counts & known, targets, blank_index)
     labels = torch.stack([torch.full_like(tokens, blank_index), tokens], 2).flatten(1)
     labels = F.pad(labels, (0, 1), value=blank_index)  # [B, 2 S + 1]
-    skips = F.pad(labels[:, 2:] != labels[:, :-2], (2, 0)) if targets.shape[1] else labels < 0
+    skips = F.pad(labels[:, 2:] != labels[:, :-2], (2, 0))[:, : labels.shape[1]]
+    in_time = torch.arange(frames, device=log_probs.device) < input_lengths[:, None]
+    log_probs = torch.where(in_time[:, :, None], log_probs, 0.0)
     emitted = log_probs.gather(2, labels[:, None].expand(-1, frames, -1))
     first = torch.arange(labels.shape[1], device=labels.device) == 0
     alpha = torch.where(first, 0.0, -math.inf).to(log_probs.dtype).expand(labels.shape)
@@ -43,21 +45,17 @@ def ctc_loss(log_probs, targets, input_lengths, target_lengths, *, blank_index):
         before = F.pad(alpha, (2, 0), value=-math.inf)
         skipping = torch.where(skips, before[:, :-2], -math.inf)
         after = _log_sum(alpha, before[:, 1:-1], skipping) + emitted[:, t]
-        alpha = torch.where((t < input_lengths)[:, None], after, alpha)
+        alpha = torch.where(in_time[:, t, None], after, alpha)
 
     last = (2 * target_lengths).clamp(0, labels.shape[1] - 1)[:, None]
     token = alpha.gather(1, (last - 1).clamp(min=0))
     token = torch.where(last > 0, token, -math.inf)
     loss = -_log_sum(alpha.gather(1, last), token)[:, 0]
     # PyTorch's gradient has p_t(c) in it, that of log sum_c p_t(c) = 0.
-    mass = torch.where(_frames_of(log_probs) < input_lengths[:, None, None], log_probs.exp(), 0.0)
+    mass = log_probs.exp()
     loss = loss + (mass - mass.detach()).nan_to_num().sum((1, 2))
     loss = torch.where(loss == math.inf, 0.0, loss)
     return loss * torch.where(wrong, math.nan, 1.0).to(loss.dtype)
-
-
-def _frames_of(log_probs):
-    return torch.arange(log_probs.shape[1], device=log_probs.device)[:, None]
 
 
 def _log_sum(*terms):
