@@ -41,8 +41,8 @@ def ctc_loss(log_probs, targets, input_lens, target_lens, blank_index, reduction
         "none": the loss of each utterance. "sum", "batchmean": their sum; the same by B. "batch":
         each by its number of tokens. "mean": the mean of the latter, where none counts as one.
 
-    Lengths on the host are checked. Others, and tokens, are an error on a CPU and make the loss and
-    the gradient of their utterance NaN on a GPU.
+    Lengths on the host are checked, and tokens by the backend "cpu". Elsewhere what is out of range
+    makes the loss and the gradient of its utterance NaN.
 
     Returns
     -------
@@ -54,7 +54,7 @@ def ctc_loss(log_probs, targets, input_lens, target_lens, blank_index, reduction
     ValueError
         Naming the argument, what was given and what is allowed.
     RuntimeError
-        If tokens are out of range on a CPU, or as `sb_fast_sligru.ops.ctc_loss`.
+        As of `sb_fast_sligru.ops.ctc_loss`.
 
     Source: Graves et al., *Connectionist temporal classification*, ICML 2006.
 

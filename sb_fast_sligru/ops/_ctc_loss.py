@@ -72,8 +72,8 @@ def ctc_loss(log_probs, targets, input_lengths, target_lengths, *, blank_index):
         [B], int64: the frames, from 0 to T, and the tokens, from 0 to S, that count.
     blank_index : int
 
-    Lengths and tokens out of range are an error on a CPU. On a GPU, where the host does not wait
-    for them, they make loss and gradient of their utterance NaN; nothing is read by them.
+    Lengths and tokens out of range are an error of the backend "cpu". Elsewhere the host does not
+    look, and they make the loss and the gradient of their utterance NaN; nothing is read by them.
 
     Returns
     -------
@@ -86,7 +86,8 @@ def ctc_loss(log_probs, targets, input_lengths, target_lengths, *, blank_index):
     ValueError
         Naming the argument, what was given and what is allowed.
     RuntimeError
-        If a forced backend cannot serve the call, or at a second derivative of a compiled backend.
+        If a forced backend cannot serve the call, or a CPU finds a length or a token out of range,
+        or at a second derivative of a compiled backend.
         Forward-mode derivatives and torch.func's gradients run plain PyTorch, unless one is forced.
 
     Example
