@@ -110,7 +110,7 @@ __device__ __forceinline__ bool may_skip(const Utterance& u, int i) {
 }
 
 // ---- the forward
-__global__ void __launch_bounds__(kMostThreads) alpha_kernel(const Forward p) {
+__global__ void __launch_bounds__(kMostThreads, 1) alpha_kernel(const Forward p) {
   extern __shared__ float shared_rows[];
   const Problem& d = p.problem;
   const int64_t b = blockIdx.x, width = d.positions();
