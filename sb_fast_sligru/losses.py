@@ -74,7 +74,7 @@ def ctc_loss(log_probs, targets, input_lens, target_lens, blank_index, reduction
         if tensor.ndim != axes.count(",") + 1:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [{axes}]")
     device = log_probs.device
-    if torch.is_autocast_enabled(device.type) and log_probs.dtype in (torch.half, torch.bfloat16):
+    if log_probs.dtype in (torch.half, torch.bfloat16) and torch.is_autocast_enabled(device.type):
         log_probs = log_probs.float()
     frames = _counts("input_lens", input_lens, log_probs.shape[:2], device)
     tokens = _counts("target_lens", target_lens, targets.shape, device)
