@@ -2,12 +2,13 @@
 
 For SpeechBrain, on compiled kernels. Importing this package, `sb_fast_sligru.ops` included, needs
 torch alone. The classes subclass SpeechBrain's and import SpeechBrain when they are first asked
-for; `SyncBatchNorm` replaces PyTorch's.
+for; `SyncBatchNorm` and `ctc_loss` need none of it.
 """
 
 import importlib
 
 from . import ops
+from .losses import ctc_loss
 from .ops import backend
 from .sync_batch_norm import SyncBatchNorm
 
@@ -22,6 +23,7 @@ __all__ = [
     "SLiGRU",
     "SyncBatchNorm",
     "backend",
+    "ctc_loss",
     "ops",
 ]
 

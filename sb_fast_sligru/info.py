@@ -101,6 +101,10 @@ def report(hidden=512, rows=16):
     for device in map(torch.device, devices):
         choice = ops.choose_norm_pool_backend(device, torch.float32, *CNN_FRAME)
         lines.append("  {:<18} {} ({})".format(str(device), *choice))
+    lines.append("Backend for the CTC loss:")
+    for device in map(torch.device, devices):
+        choice = ops.choose_ctc_loss_backend(device)
+        lines.append("  {:<18} {} ({})".format(str(device), *choice))
     lines.append("Backend for CTC prefix scores:")
     for device in map(torch.device, devices):
         choice = ops.choose_ctc_prefix_backend(device)

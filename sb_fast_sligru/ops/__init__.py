@@ -6,6 +6,7 @@ kernel. `backend` forces that choice for all of them.
 
 from ._attention_decoder import attention_decoder, choose_decoder_backend
 from ._backends import BACKENDS, Gpu, backend, gpu
+from ._ctc_loss import choose_ctc_loss_backend, ctc_loss
 from ._ctc_prefix import (
     choose_ctc_prefix_backend,
     ctc_prefix_extend,
@@ -23,11 +24,13 @@ __all__ = [
     "attention_decoder",
     "backend",
     "choose_backend",
+    "choose_ctc_loss_backend",
     "choose_ctc_prefix_backend",
     "choose_decoder_backend",
     "choose_kernel",
     "choose_location_energies_backend",
     "choose_norm_pool_backend",
+    "ctc_loss",
     "ctc_prefix_extend",
     "ctc_prefix_scores",
     "ctc_prefix_start",

@@ -1,6 +1,7 @@
 """The operators as plain PyTorch: what compiled kernels are tested against, and the fallback."""
 
 from ._attention_decoder import attention_decoder
+from ._ctc_loss import ctc_loss
 from ._ctc_prefix import LOG_ZERO, ctc_prefix_extend, ctc_prefix_scores, ctc_prefix_start
 from ._error import relative_error
 from ._light_gru import ACTIVATIONS, light_gru
@@ -11,6 +12,7 @@ __all__ = [
     "ACTIVATIONS",
     "LOG_ZERO",
     "attention_decoder",
+    "ctc_loss",
     "ctc_prefix_extend",
     "ctc_prefix_scores",
     "ctc_prefix_start",

@@ -22,6 +22,8 @@ class PretendedGPU(FakeTensorMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is aten._pin_memory.default:  # which asks the driver
+            return args[0].clone()
         leaves = tree_leaves((args, kwargs))
         there = [x for x in leaves if isinstance(x, FakeTensor)]
         to = kwargs.get("device")

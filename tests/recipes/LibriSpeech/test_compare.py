@@ -146,10 +146,14 @@ def test_report(arguments, tmp_path, capsys, monkeypatch):
     theirs = {
         "rnn_class": "speechbrain.nnet.RNN.SLiGRU",
         "crdnn_class": "speechbrain.lobes.models.CRDNN.CRDNN",
+        "ctc_cost": "speechbrain.nnet.losses.ctc_loss",
     }
     assert stock["classes"] == other["classes"] == theirs
     assert rnn_only["classes"] == theirs | {"rnn_class": "sb_fast_sligru.SLiGRU"}
-    assert ours["classes"] == rnn_only["classes"] | {"crdnn_class": "sb_fast_sligru.CRDNN"}
+    assert ours["classes"] == rnn_only["classes"] | {
+        "crdnn_class": "sb_fast_sligru.CRDNN",
+        "ctc_cost": "sb_fast_sligru.ctc_loss",
+    }
     assert stock["backends"] == other["backends"] == {}
     assert rnn_only["backends"] == {"RNN": "cpu"}
     assert ours["backends"] == {"RNN": "cpu", "enc": "cpu"}
@@ -353,21 +357,24 @@ def test_each_variant_has_its_classes(simulated):
     with load_recipe(rest, options) as recipe:
         found = {}
         for variant in compare.make_variants(recipe, options, "SLi-GRU", "fp32"):
-            modules = epoch_runs.make_brain(recipe, variant).modules
+            brain = epoch_runs.make_brain(recipe, variant)
+            modules = brain.modules
             found[variant.implementation] = [
-                type(module).__module__.partition(".")[0]
-                for module in (modules.enc["RNN"], modules.dec, modules.enc)
+                part.__module__.partition(".")[0]
+                for part in (modules.enc["RNN"], modules.dec, modules.enc, brain.hparams.ctc_cost)
             ]
         (torchs,) = compare.make_variants(recipe, options, "GRU", "fp32")
-        modules = epoch_runs.make_brain(recipe, torchs).modules
+        brain = epoch_runs.make_brain(recipe, torchs)
+        modules = brain.modules
+        assert brain.hparams.ctc_cost is speechbrain.nnet.losses.ctc_loss
         assert type(modules.dec) is speechbrain.nnet.RNN.AttentionalRNNDecoder
         assert type(modules.enc) is speechbrain.lobes.models.CRDNN.CRDNN
     assert found == {
-        "stock": ["speechbrain"] * 3,
-        "ours: RNN only": ["sb_fast_sligru", "speechbrain", "speechbrain"],
-        "ours: RNN + decoder": ["sb_fast_sligru", "sb_fast_sligru", "speechbrain"],
-        "ours: all": ["sb_fast_sligru"] * 3,
-        "stock, other seed": ["speechbrain"] * 3,
+        "stock": ["speechbrain"] * 4,
+        "ours: RNN only": ["sb_fast_sligru", *["speechbrain"] * 3],
+        "ours: RNN + decoder": [*["sb_fast_sligru"] * 2, *["speechbrain"] * 2],
+        "ours: all": ["sb_fast_sligru"] * 4,
+        "stock, other seed": ["speechbrain"] * 4,
     }
 
 
@@ -554,7 +561,7 @@ def test_sample_takes_short_middle_and_long_batches(arguments):
         ("--precision=tf32", "precision tf32 needs a CUDA device, got cpu"),
         ("--simulate=dev-clean", "found duplicate key"),
         ("--resume", "is no report to go on with"),
-        ("--rnn_class=!name:sb_fast_sligru.LiGRU", "rnn_class: the comparison takes our class"),
+        ("--rnn_class=!name:sb_fast_sligru.LiGRU", "rnn_class: the comparison takes ours"),
     ],
 )
 def test_bad_arguments_end_in_one_line(arguments, bad, message):

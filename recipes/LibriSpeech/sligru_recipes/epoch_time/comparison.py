@@ -1,15 +1,15 @@
 """The comparison of compare_epoch_time.py: what is compared with what, and when it refuses to.
 
-A recipe has parts that are SpeechBrain's classes or ours, by keys of its YAML: the RNN and those of
-PARTS. "stock" has SpeechBrain's of all; "ours: RNN only" our RNN; then comes a variant for each
-further part, which has it and all before it, so that the gain of each can be read off. PyTorch's
-RNNs stand in stock. Everything else is the same for all variants of a precision: initial weights
-(one state_dict copied into all), batches, their order, the seed of every step, so also augmentation
-and the dropout outside these parts. The variants of an RNN and a precision take turns on blocks of
-batches, each block beginning with another one (`--isolate`: one after the other, each in a process
-of its own). A step is timed from the request for its batch to the end of `fit_batch`, where the GPU
-may have its update still to do; the last step of a block waits for that. The first steps, on the
-longest batch, are reported apart.
+A recipe has parts that are SpeechBrain's or ours, by keys of its YAML: the RNN and those of PARTS.
+"stock" has SpeechBrain's of all; "ours: RNN only" our RNN; then comes a variant for each further
+part, which has it and all before it, so that the gain of each can be read off; the CTC loss comes
+with the CNN. PyTorch's RNNs stand in stock. Everything else is the same for all variants of a
+precision: initial weights (one state_dict copied into all), batches, their order, the seed of every
+step, so also augmentation and the dropout outside these parts. The variants of an RNN and a
+precision take turns on blocks of batches, each block beginning with another one (`--isolate`: one
+after the other, each in a process of its own). A step is timed from the request for its batch to
+the end of `fit_batch`, where the GPU may have its update still to do; the last step of a block
+waits for that. The first steps, on the longest batch, are reported apart.
 Where the loader has processes of its own, they start before and may be some batches ahead when a
 variant's turn comes; the report's loader_utilisation tells if they could keep it up, loader_wait
 how long a step waited for its batch.
@@ -75,7 +75,7 @@ CELLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What can be ours beside the RNN."""
+    """What can be ours beside the RNN: a class or a function."""
 
     variant: str  # that has it, and all parts before it
     ours: str
@@ -92,6 +92,7 @@ PARTS = {
     "crdnn_class": Part(
         "ours: all", "sb_fast_sligru.CRDNN", "speechbrain.lobes.models.CRDNN.CRDNN"
     ),
+    "ctc_cost": Part("ours: all", "sb_fast_sligru.ctc_loss", "speechbrain.nnet.losses.ctc_loss"),
 }
 RNN_ONLY = "ours: RNN only"
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -203,7 +204,7 @@ def compare(arguments, options):
             options = dataclasses.replace(options, precisions=(recipe.hparams["precision"],))
         for key in ("rnn_class", *PARTS):
             if key in recipe.overrides:
-                raise ValueError(f"{key}: the comparison takes our class and SpeechBrain's in turn")
+                raise ValueError(f"{key}: the comparison takes ours and SpeechBrain's in turn")
         if "tf32" in options.precisions and "cuda" not in recipe.device:
             raise ValueError(f"precision tf32 needs a CUDA device, got {recipe.device}")
         for precision in options.precisions:

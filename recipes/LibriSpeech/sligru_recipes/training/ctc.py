@@ -26,7 +26,7 @@ class CTC(ASR):
         """Return the CTC loss of the batch; out of training, also count its errors."""
         log_probs, wav_lens = predictions
         tokens, token_lens = self.augment_targets(stage, *batch.tokens)
-        loss = self.hparams.ctc_cost(log_probs, tokens, wav_lens, token_lens)
+        loss = self.ctc_loss(log_probs, tokens, wav_lens, token_lens)
         if stage != sb.Stage.TRAIN:
             self.count_errors(batch, self.hparams.decoding_function(log_probs, wav_lens))
         return loss

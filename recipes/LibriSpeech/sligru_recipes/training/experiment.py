@@ -234,6 +234,12 @@ def check_arguments(hparams):
         raise ValueError(f"opt_class: {type(optimizer).__name__} needs a closure, which none has")
     if "lr" in getattr(hparams["opt_class"], "keywords", {}):
         raise ValueError("opt_class has lr, which is a key of its own: --lr")
+    ctc_cost = hparams.get("ctc_cost")
+    if ctc_cost is not None:
+        with _naming("ctc_cost"):
+            blank, one = hparams["blank_index"], torch.ones(1)
+            log_probs, tokens = torch.zeros(1, 1, blank + 2), torch.tensor([[blank + 1]])
+            ctc_cost(log_probs, tokens, one, one, blank_index=blank)
     search = hparams.get("test_search")  # gets its scorers after the preparation
     if search is not None:
         with _naming("test_search_class"):

@@ -36,7 +36,10 @@ class ASR(RecipeBrain):
         self.unread = {}  # utterance ID -> words, of the test split's files that cannot be read
 
     def to_device(self, batch):
-        """Move a batch's data. Its lengths stay on the host, where the CTC loss wants them."""
+        """Move a batch's data.
+
+        Its lengths stay on the host, where SpeechBrain's CTC loss wants them.
+        """
         for key in ("sig", *self.targets):
             data, lengths = batch[key]
             data = data.to(self.device, non_blocking=True)
@@ -76,6 +79,13 @@ class ASR(RecipeBrain):
         if stage == sb.Stage.TRAIN:
             return self.hparams.wav_augment.replicate_multiple_labels(*targets)
         return targets
+
+    def ctc_loss(self, log_probs, tokens, wav_lens, token_lens):
+        """The CTC loss of a batch, both lengths relative and on the host."""
+        blank_index = self.hparams.blank_index
+        return self.hparams.ctc_cost(
+            log_probs, tokens, wav_lens, token_lens, blank_index=blank_index
+        )
 
     def count_errors(self, batch, token_ids):
         """Add a batch's hypotheses, lists of token IDs, to the error rates."""

@@ -56,7 +56,7 @@ class Seq2Seq(ASR):
         loss = self.hparams.seq_cost(log_probs, tokens_eos, length=eos_lens)
         if ctc_log_probs is not None:
             tokens, token_lens = self.augment_targets(stage, *batch.tokens)
-            ctc_loss = self.hparams.ctc_cost(ctc_log_probs, tokens, wav_lens, token_lens)
+            ctc_loss = self.ctc_loss(ctc_log_probs, tokens, wav_lens, token_lens)
             weight = self.hparams.ctc_weight
             loss = weight * ctc_loss + (1 - weight) * loss
         if stage != sb.Stage.TRAIN:
