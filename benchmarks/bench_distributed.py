@@ -5,7 +5,8 @@
 The encoder is that of librispeech_seq2seq.yaml, on 24 utterances of 15 s a GPU, each GPU with its
 own random ones. A step is forward, backward and Adadelta's update. On several GPUs the encoder is
 what a recipe has there: DistributedDataParallel with SyncBatchNorm. The first process's GPU
-takes the steps of one GPU while the others wait; both take turns, round after round.
+takes the steps of one GPU while the others wait; both take turns, round after round. Steps are
+timed as a recipe takes them, each waited for before its update, where the loss is read.
 
 The result is DIR/<name of the GPU>-distributed.json (CPUs: of the CPU, for a look at whether it
 runs): date, commit, command, machine, versions, processes, and rows, one a precision: precision,
@@ -69,18 +70,19 @@ class Encoder:
         with precision.casting(self.x.device.type):
             loss = self.net(self.x).float().square().mean()
         loss.backward()
+        loss.item()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def times_ms(self, precision, count):
-        """Of `count` steps, each waited for."""
+        """Of `count` steps, from one update to the next."""
         times = []
+        wait(self.x.device)
         for _ in range(count):
-            wait(self.x.device)
             start = time.perf_counter()
             self.step(precision)
-            wait(self.x.device)
             times.append(1000 * (time.perf_counter() - start))
+        wait(self.x.device)
         return times
 
     def weights_equal(self):

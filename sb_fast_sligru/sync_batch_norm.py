@@ -139,6 +139,11 @@ class _Normalise(torch.autograd.Function):
             grad_x = on.batch_norm_backward_elemt(
                 grad, x, mean, rstd, weight, *sums.chunk(2), rows.to(torch.int32)
             )
+        wanted = ctx.needs_input_grad[1:3]  # else PyTorch gives empty ones
+        grad_weight, grad_bias = (
+            gradient if want else None
+            for gradient, want in zip((grad_weight, grad_bias), wanted, strict=True)
+        )
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -174,11 +179,7 @@ class _OnCPU:
         grad = _wide(grad)
         sum_dy = grad.sum(axes)
         sum_dy_xmu = (grad * (_wide(x) - _over_rows(mean, x))).sum(axes)
-        grad_weight, grad_bias = (
-            gradient.to(weight.dtype) if want else None
-            for gradient, want in zip((sum_dy_xmu * rstd, sum_dy), wanted[1:], strict=True)
-        )
-        return sum_dy, sum_dy_xmu, grad_weight, grad_bias
+        return sum_dy, sum_dy_xmu, sum_dy_xmu * rstd, sum_dy
 
     @staticmethod
     def batch_norm_backward_elemt(grad, x, mean, rstd, weight, sum_dy, sum_dy_xmu, counts):

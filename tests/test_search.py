@@ -520,10 +520,17 @@ def without_graphs():
 @pytest.mark.gpu
 @each_option
 def test_beam_search_on_a_gpu(options):
+    compared = 0
     for beam, frames in ((1, (16,)), (4, FRAMES), (11, (40, 13))):
         _, ours = Model(beam).pair(beam_size=beam, **options)
         found = on_gpu(BEAM, beam, beam_size=beam, **options)(*make_states(frames, device="cuda"))
-        assert_same(to_host(found), ours(*make_states(frames)))
+        # Where all tokens are forbidden, which of them is taken is the device's own choice.
+        pairs = zip(to_host(found), ours(*make_states(frames)), strict=True)
+        found, expected = zip(*pairs, strict=True)
+        for row in (expected[2] > -1e10).nonzero().flatten().tolist():
+            assert_same(*([x[row : row + 1] for x in outputs] for outputs in (found, expected)))
+            compared += 1
+    assert compared >= 2
 
 
 @pytest.mark.gpu
@@ -580,10 +587,12 @@ def test_searches_on_streams_and_threads_of_their_own():
     inputs = [make_states((frames,), frames, "cuda") for frames in (20, 33, 27, 41)]
     expected = [search(*pair) for pair in inputs]
 
+    # Scorers keep what belongs to a search.
+    searches = [on_gpu(BEAM, beam_size=6, full=("coverage",)) for _ in inputs]
+
     def run(number):
-        own = on_gpu(BEAM, beam_size=6, full=("coverage",))
         with torch.cuda.stream(torch.cuda.Stream()):
-            return [own(*inputs[number]) for _ in range(4)]
+            return [searches[number](*inputs[number]) for _ in range(4)]
 
     torch.cuda.synchronize()
     with concurrent.futures.ThreadPoolExecutor(len(inputs)) as pool:
