@@ -11,7 +11,8 @@ energies of the attention    operators over hypotheses,       ``ops.location_ene
                              frames and units
 hypotheses                   all their tokens copied at each  predecessors, followed at the end
                              token
-ended hypotheses             read one by one from the GPU     one array a token goes to the host
+ended hypotheses             read one by one from the GPU     one array a token goes to the host,
+                                                              while the next token is computed
 decoder on a GPU             an operator at a time            a CUDA graph, captured anew for each
                                                               search
 ===========================  ===============================  ===================================
@@ -154,6 +155,7 @@ class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
         predecessors = torch.arange(self.n_bh, device=self.device)
         totals = torch.full((self.batch_size, self.beam_size, 1), -torch.inf, device=self.device)
         totals[:, 0] = 0.0  # the others do not exist yet
+        on_their_way = []  # candidates to the host, of the last step
         while found.is_searching.any():
             decoded, log_probs, attn = step.scores(tokens, predecessors)
             if len(scores) < latest:
@@ -174,7 +176,11 @@ class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
             of_tokens.append(decoded.view(self.batch_size, -1).gather(1, candidates))
             is_eos = (tokens == self.eos_index).view_as(totals)
             totals = totals.masked_fill(is_eos, -torch.inf).unsqueeze(2)
-            found.add(candidates.cpu().numpy(), self.eos_index)
+            # While a GPU works on this step the host looks at the one before. So it finds out one
+            # step late that the search is over: nobody looks at that step.
+            on_their_way.append(_to_host(candidates))
+            if candidates.is_cpu or len(on_their_way) > 1:
+                found.add(on_their_way.pop(0)(), self.eos_index)
         return found.best(self, scores, of_tokens)
 
 
@@ -302,6 +308,21 @@ def build(search_class, **arguments):
         If `search_class` is not a class of modules.
     """
     return build_module("search_class", search_class, arguments)
+
+
+def _to_host(tensor):
+    """Start to copy a tensor; what is returned waits for it and gives the array."""
+    if tensor.is_cpu:
+        return tensor.numpy
+    copied = tensor.to("cpu", non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+
+    def wait():
+        event.synchronize()
+        return copied.numpy()
+
+    return wait
 
 
 class _Step:
