@@ -15,6 +15,8 @@ faster one, but in 16 bits it would have fewer digits near 0.
 import torch
 import torch.nn.functional as F
 
+from .ops import few_rows_linear
+
 # Values of all hypotheses, frames and attention features at once: caches of a CPU, memory of a GPU.
 MAX_VALUES = {"cpu": 1 << 22, "cuda": 1 << 26}
 
@@ -74,7 +76,7 @@ class SharedAttention:
         attn, batch, last = self.attn, len(self.states), self.weights
         if predecessors is not None:
             last = last.index_select(0, predecessors)
-        energies = self._energies(F.linear(queries, self.w_query), last)
+        energies = self._energies(few_rows_linear(queries, self.w_query), last)
         if self.padding is not None:
             energies = energies.masked_fill_(self.padding, -torch.inf)
         if attn.scaling != 1:
@@ -82,7 +84,9 @@ class SharedAttention:
         weights = torch.softmax(energies, -1)
         self.weights.copy_(weights.flatten(0, 1))
         context = torch.bmm(weights.to(self.states.dtype), self.states)
-        return attn.mlp_out(context.view(batch * self.beam, -1)), self.weights
+        context = context.view(batch * self.beam, -1)
+        context = few_rows_linear(context, attn.mlp_out.weight, attn.mlp_out.bias)
+        return context, self.weights
 
     def _energies(self, queries, last):
         """What the softmax takes, [B, beam, T], without padding and scaling."""

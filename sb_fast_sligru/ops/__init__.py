@@ -12,6 +12,7 @@ from ._ctc_prefix import (
     ctc_prefix_scores,
     ctc_prefix_start,
 )
+from ._few_rows import few_rows_linear
 from ._light_gru import Choice, choose_backend, choose_kernel, light_gru
 from ._norm_pool import choose_norm_pool_backend, norm_pool
 
@@ -29,6 +30,7 @@ __all__ = [
     "ctc_prefix_extend",
     "ctc_prefix_scores",
     "ctc_prefix_start",
+    "few_rows_linear",
     "gpu",
     "light_gru",
     "norm_pool",
