@@ -10,6 +10,7 @@ attention keys and values    a copy for each hypothesis       one an utterance
 hypotheses                   all their tokens copied at each  predecessors, followed at the end
                              token
 ended hypotheses             read one by one from the GPU     one array a token goes to the host
+linear layers on a CPU       MKL's                            `ops.few_rows_linear`
 decoder on a GPU             an operator at a time            a CUDA graph, captured anew for each
                                                               search
 ===========================  ===============================  ===================================
@@ -316,7 +317,7 @@ class _Step:
         # Context and hidden state side by side: the output layer and `permute` take both.
         self.sizes = (self.decoder.attn_dim, self.decoder.hidden_size)
         self.state = self.attention.keys.new_zeros(len(states) * beam, sum(self.sizes))
-        self.output = _linear(search.fc)
+        self.output_layer = _output_layer(search.fc)
         self.logits = _replayed(search, self._logits)
 
     def _logits(self, tokens, predecessors=None):
@@ -333,7 +334,7 @@ class _Step:
         context, weights = self.attention(hidden, predecessors)
         torch.cat([context, hidden], 1, out=self.state)
         projected = few_rows_linear(self.state, decoder.proj.weight, decoder.proj.bias)
-        return self.output(projected), weights
+        return self.output_layer(projected), weights
 
 
 class _BeamStep(_Step):
@@ -380,14 +381,13 @@ def _gru(cell, inputs, hidden):
     return torch.addcmul(new, update, hidden - new)
 
 
-def _linear(module):
-    """What computes the same as a linear layer does, with few rows; any other module as it is."""
-    layer = module
-    if is_plain(module, linear.Linear) and module.max_norm is None and not module.combine_dims:
-        layer = module.w
-    if not is_plain(layer, nn.Linear):
+def _output_layer(module):
+    """What computes the same as a search's output layer does, which may be anybody's."""
+    if not is_plain(module, linear.Linear) or not is_plain(module.w, nn.Linear):
         return module
-    return lambda x: few_rows_linear(x, layer.weight, layer.bias)
+    if module.max_norm is not None or module.combine_dims:
+        return module
+    return lambda x: few_rows_linear(x, module.w.weight, module.w.bias)
 
 
 def _replayed(search, function):

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from .. import _library
-from ._backends import derivative_obstacle, forced_backend, warn_once
+from ._backends import choose, derivative_obstacle, warn_once
 
-# MKL's products are as fast for some 100 rows on a processor with AVX-512, for some 50 with AVX2, and
-# may be sooner on others than those that were measured; and for weights that stay in its caches.
+# MKL is as fast for some 100 rows on a processor with AVX-512, for some 50 with AVX2, and may be
+# sooner on others than those that were measured; and for weights that stay in the caches.
 MAX_ROWS = 32
 MIN_WEIGHTS = 1 << 18
 
@@ -43,6 +43,8 @@ def few_rows_linear(x, weight, bias=None):
     ------
     ValueError
         Naming the argument, what was given and what is allowed.
+    RuntimeError
+        If a backend is forced that cannot serve the call.
 
     Example
     -------
@@ -51,16 +53,18 @@ def few_rows_linear(x, weight, bias=None):
     torch.Size([8, 3])
     """
     _check(x, weight, bias)
-    if not _is_for_the_operator(x, weight, bias):
+    if not _suits(x, weight, bias):
         return F.linear(x, weight, bias)
-    if _library.cpu_error is not None:
-        warn_once(_library.cpu_error, "PyTorch's linear layers (same results)")
+    name, reason = choose(x.device, {"cpu": _library.cpu_error})
+    if name == "reference":
+        if reason != "forced":
+            warn_once(reason, "PyTorch's linear layers (same results)")
         return F.linear(x, weight, bias)
     return torch.ops.sb_fast_sligru.few_rows_linear(x, weight, bias)
 
 
-def _is_for_the_operator(x, weight, bias):
-    """Tell whether it computes what is asked for, and faster."""
+def _suits(x, weight, bias):
+    """Tell whether the operator computes what is asked for, and faster."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
         x.device.type == "cpu"
@@ -71,7 +75,6 @@ def _is_for_the_operator(x, weight, bias):
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and not torch.overrides.has_torch_function(tensors)
-        and forced_backend() != "reference"
         and not derivative_obstacle()
         and _has_wide_vectors()
     )
