@@ -76,7 +76,7 @@ class SharedAttention:
         attn, last = self.attn, self.weights
         if predecessors is not None:
             last = last.index_select(0, predecessors)
-        query = F.linear(queries, self.w_query).to(self.wide)
+        query = ops.few_rows_linear(queries, self.w_query).to(self.wide)
         energies = ops.location_energies(
             query, last, self.keys, self.filters, self.w_location, self.v
         )
@@ -88,4 +88,5 @@ class SharedAttention:
         self.weights.copy_(weights)
         batch = len(self.states)
         context = torch.bmm(weights.view(batch, -1, weights.shape[1]).to(self.states), self.states)
-        return attn.mlp_out(context.flatten(0, 1)), self.weights
+        out = attn.mlp_out
+        return ops.few_rows_linear(context.flatten(0, 1), out.weight, out.bias), self.weights

@@ -13,6 +13,7 @@ hypotheses                   all their tokens copied at each  predecessors, foll
                              token
 ended hypotheses             read one by one from the GPU     one array a token goes to the host,
                                                               while the next token is computed
+linear layers on a CPU       MKL's                            ``ops.few_rows_linear``
 decoder on a GPU             an operator at a time            a CUDA graph, captured anew for each
                                                               search
 ===========================  ===============================  ===================================
@@ -41,6 +42,7 @@ from ._shared_attention import SharedAttention
 from ._stock import embedding, linear
 from ._stock import seq2seq as stock
 from .decoder import obstacle_of
+from .ops import few_rows_linear
 from .ops._backends import forced_backend, warn_once
 
 __all__ = ["S2SRNNBeamSearcher", "S2SRNNGreedySearcher", "build"]
@@ -338,6 +340,7 @@ class _Step:
         # Context and hidden state side by side: the output layer and `permute` take both.
         self.sizes = (self.decoder.attn_dim, self.decoder.hidden_size)
         self.state = self.attention.keys.new_zeros(len(states) * beam, sum(self.sizes))
+        self.output_layer = _output_layer(search.fc)
         self.logits = _replayed(search, self._logits)
 
     def _logits(self, tokens, predecessors=None):
@@ -345,16 +348,16 @@ class _Step:
 
         Hypothesis i is what predecessors[i] was, with one token more.
         """
-        search, decoder = self.search, self.decoder
-        state = self.state
+        decoder, state = self.decoder, self.state
         if predecessors is not None:
             state = state.index_select(0, predecessors)
         context, hidden = state.split(self.sizes, 1)
-        inputs = decoder.drop(torch.cat([search.emb(tokens), context], 1))
-        hidden = decoder.rnn.rnn_cells[0](inputs, hidden)
+        inputs = decoder.drop(torch.cat([self.search.emb(tokens), context], 1))
+        hidden = _gru(decoder.rnn.rnn_cells[0], inputs, hidden)
         context, weights = self.attention(hidden, predecessors)
         torch.cat([context, hidden], 1, out=self.state)
-        return search.fc(decoder.proj(self.state)), weights
+        projected = few_rows_linear(self.state, decoder.proj.weight, decoder.proj.bias)
+        return self.output_layer(projected), weights
 
 
 class _BeamStep(_Step):
@@ -387,6 +390,27 @@ class _BeamStep(_Step):
             least = search.eos_threshold * log_probs.amax(-1)
             eos.masked_fill_(eos <= least, search.minus_inf)
         return decoded, log_probs, attn
+
+
+def _gru(cell, inputs, hidden):
+    """What `cell`, a torch.nn.GRUCell, returns; on a GPU it is one kernel beside the products."""
+    if hidden.is_cuda:
+        return cell(inputs, hidden)
+    size = cell.hidden_size
+    x = few_rows_linear(inputs, cell.weight_ih, cell.bias_ih)
+    h = few_rows_linear(hidden, cell.weight_hh, cell.bias_hh)
+    reset, update = (x[:, : 2 * size] + h[:, : 2 * size]).sigmoid_().chunk(2, 1)
+    new = torch.addcmul(x[:, 2 * size :], reset, h[:, 2 * size :]).tanh_()
+    return torch.addcmul(new, update, hidden - new)
+
+
+def _output_layer(module):
+    """What computes the same as a search's output layer does, which may be anybody's."""
+    if not is_plain(module, linear.Linear) or not is_plain(module.w, nn.Linear):
+        return module
+    if module.max_norm is not None or module.combine_dims:
+        return module
+    return lambda x: few_rows_linear(x, module.w.weight, module.w.bias)
 
 
 def _replayed(search, function):

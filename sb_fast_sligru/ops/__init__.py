@@ -13,6 +13,7 @@ from ._ctc_prefix import (
     ctc_prefix_scores,
     ctc_prefix_start,
 )
+from ._few_rows import few_rows_linear
 from ._light_gru import Choice, choose_backend, choose_kernel, light_gru
 from ._location_energies import choose_location_energies_backend, location_energies
 from ._norm_pool import choose_norm_pool_backend, norm_pool
@@ -34,6 +35,7 @@ __all__ = [
     "ctc_prefix_extend",
     "ctc_prefix_scores",
     "ctc_prefix_start",
+    "few_rows_linear",
     "gpu",
     "light_gru",
     "location_energies",
