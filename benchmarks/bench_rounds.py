@@ -5,8 +5,9 @@ alike. The tables have the median of all passes and the least one; gains are rat
 which other programs disturb the least. Precisions are those of bench_rnn.py. Peak memory is what
 PyTorch's allocator handed out at most above inputs and parameters.
 
-Results go to DIR/<name of the GPU or CPU>-<part>.{json,md}; a later run replaces the rows that it
-measures. Keys of the JSON file:
+Results go to DIR/<name of the GPU or CPU>-<part>.{json,md}, after each case; a later run replaces
+the rows that it measures. Ctrl-C and `--budget` end a run with the cases that are done. Keys of the
+JSON file:
 
     runs       as in bench_rnn.py
     rows       list of: run (index), case, sizes, contender, precision, pass, status (measured or
@@ -18,9 +19,11 @@ measures. Keys of the JSON file:
 import argparse
 import dataclasses
 import datetime
+import math
 import statistics
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,19 +51,25 @@ SECONDS_OF_PASSES, FEWEST_PASSES, MOST_PASSES = 0.4, 2, 20  # of a row, in each 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What a script measures."""
+    """What a script measures.
+
+    A case is a dataclass: name, sizes, device, threads, the precisions measured by default and, if
+    not all are, the contenders.
+    """
 
     script: str
     description: str
     part: str  # of the model, in names of files
     title: str  # of the tables
     sizes: str  # of a case in the tables, a format of its fields
-    cases: dict  # name -> a dataclass: name, sizes, device, threads, and precisions by default
+    cases: dict  # name -> case
     tiny: dict  # fields of a case that only shows that everything runs
     contenders: tuple
     make: Callable  # (name, case, precision) -> a Contender
     passes: tuple = PASSES
     per: str | None = None  # field of a case: the tables have the time of a pass over it
+    columns: dict = dataclasses.field(default_factory=dict)  # head -> what it tells of a row
+    legend: str = ""  # what else is to be said of the tables
 
 
 class Contender:
@@ -69,6 +78,7 @@ class Contender:
     name: str
     device: str
     backend: str | None = None  # what runs it, and why
+    facts = types.MappingProxyType({})  # what else its rows tell
 
     def function(self, which):
         """What is timed, warmed up."""
@@ -79,11 +89,12 @@ class Contender:
         return function
 
 
-def measure(make, case, precision_name, contenders, passes, rounds, effort):
-    """Rows of a case in one precision."""
+def measure(make, case, precision_name, contenders, passes, rounds, effort, deadline=math.inf):
+    """Rows of a case in one precision; no round but the first begins after the deadline."""
     precision = PRECISIONS[precision_name]
-    sizes = {key: value for key, value in dataclasses.asdict(case).items() if key != "precisions"}
-    del sizes["name"]
+    sizes = dataclasses.asdict(case)
+    for key in ("name", "precisions", "contenders"):
+        sizes.pop(key, None)
     rows = {}
     with machine.tf32(precision.tf32):
         for which in passes:
@@ -101,8 +112,10 @@ def measure(make, case, precision_name, contenders, passes, rounds, effort):
                     continue
                 peak = torch.cuda.max_memory_allocated() - before if before is not None else None
                 row |= {"status": "measured", "times_ms": [], "backend": contender.backend}
-                row |= {"peak_bytes": peak}
-            for _ in range(rounds):
+                row |= {"peak_bytes": peak, **contender.facts}
+            for number_of_round in range(rounds):
+                if number_of_round and time.monotonic() > deadline:
+                    break
                 for name, function in functions.items():
                     times = time_passes(function, FEWEST_PASSES, case.device)
                     more = int(1e3 * effort * SECONDS_OF_PASSES / min(times))
@@ -131,23 +144,25 @@ def markdown(bench, results):
     parts = [f"# {bench.title}: times and memory", bench_report.describe_runs(results["runs"])]
     for case in dict.fromkeys(row["case"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["case"] == case]
-        parts.append(
-            f"## Case {case}: {bench.sizes.format(**rows[0])}\n\n" + table(rows, bench.per)
-        )
+        parts.append(f"## Case {case}: {bench.sizes.format(**rows[0])}\n\n{table(rows, bench)}")
     over = f" over the number of {bench.per}" if bench.per else ""
     parts.append(
         f"Milliseconds of a pass{over}, median / least of all rounds, in which the contenders take "
-        "turns; the gain is the ratio of SpeechBrain's least to ours."
+        f"turns; the gain is the ratio of SpeechBrain's least to ours. {bench.legend}".rstrip()
     )
     return "\n\n".join(parts) + "\n"
 
 
-def table(rows, per):
+def table(rows, bench):
+    measured = [row for row in rows if row["status"] == "measured"]
+    columns = {
+        head: tell for head, tell in bench.columns.items() if any(tell(row) for row in measured)
+    }
     body = []
     for row in rows:
         cells = [row["contender"], row["precision"], row["pass"]]
         if row["status"] != "measured":
-            body.append([*cells, f"{row['status']}: {row['reason']}", "", "", ""])
+            body.append([*cells, f"{row['status']}: {row['reason']}"])
             continue
         gain = ""
         for other in rows:
@@ -155,15 +170,17 @@ def table(rows, per):
             if same and other["contender"] == "ours" and other["status"] == "measured":
                 gain = number(row["least_ms"] / other["least_ms"])
         peak = row["peak_bytes"]
-        count = row[per] if per else 1
+        count = row[bench.per] if bench.per else 1
         times = f"{number(row['median_ms'] / count)} / {number(row['least_ms'] / count)}"
         memory = "" if peak is None else number(peak / 2**20)
-        body.append([*cells, times, gain, memory, row["backend"] or ""])
+        more = [tell(row) for tell in columns.values()]
+        body.append([*cells, times, *more, gain, memory, row["backend"] or ""])
     headers = [
         "contender",
         "precision",
         "pass",
         "median / least, ms",
+        *columns,
         "gain",
         "peak, MiB",
         "backend",
@@ -182,6 +199,12 @@ def make_parser(bench):
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS)
     parser.add_argument("--passes", nargs="+", choices=bench.passes, default=list(bench.passes))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        help="seconds after which no case begins, nor a round of one that has one",
+    )
     add_result_options(parser)
     return parser
 
@@ -189,7 +212,7 @@ def make_parser(bench):
 def command(bench, options):
     """The command line of what was measured: without the paths of this machine."""
     words = [bench.script]
-    for name in ("cases", "contenders", "precisions", "passes", "rounds"):
+    for name in ("cases", "contenders", "precisions", "passes", "rounds", "budget"):
         value = getattr(options, name)
         if value != make_parser(bench).get_default(name):
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -215,18 +238,6 @@ def run(bench, options):
     earlier = bench_report.read_results(path) if path.exists() else empty
 
     begin = time.monotonic()
-    rows = []
-    for name in cases:
-        case = dataclasses.replace(bench.cases[name], **(bench.tiny if options.tiny else {}))
-        contenders = options.contenders
-        if case.device == "cpu":
-            torch.set_num_threads(case.threads)
-            contenders = [name for name in contenders if not name.endswith(GPU_ALONE)]
-        for precision in options.precisions or case.precisions:
-            effort = 0.02 if options.tiny else 1.0
-            rows += measure(
-                bench.make, case, precision, contenders, options.passes, options.rounds, effort
-            )
     this_run = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": options.commit or machine.commit_of(ROOT),
@@ -234,15 +245,64 @@ def run(bench, options):
         "machine": here,
         "versions": versions(),
         "interrupted": None,
-        "seconds": time.monotonic() - begin,
     }
-    results = bench_report.merged(earlier, {"runs": [this_run], "rows": rows, "accuracy": []})
-    bench_report.write_text(path, bench_report.as_json(results))
-    text = markdown(bench, results)
-    bench_report.write_text(path.with_suffix(".md"), text)
-    print(text)
-    print(f"written: {options.output / stem}.*", file=sys.stderr)
+    rows = []
+
+    def save():
+        this_run["seconds"] = time.monotonic() - begin
+        results = bench_report.merged(earlier, {"runs": [this_run], "rows": rows, "accuracy": []})
+        bench_report.write_text(path, bench_report.as_json(results))
+        text = markdown(bench, results)
+        bench_report.write_text(path.with_suffix(".md"), text)
+        return text
+
+    try:
+        for case, precision in planned(bench, options, cases):
+            if time.monotonic() > begin + options.budget:
+                print(f"--budget is spent before case {case.name}", file=sys.stderr)
+                this_run["interrupted"] = "budget"
+                break
+            print(f"case {case.name}, {precision}", file=sys.stderr, flush=True)
+            rows += measure(
+                bench.make,
+                case,
+                precision,
+                contenders_of(case, options.contenders),
+                options.passes,
+                options.rounds,
+                0.02 if options.tiny else 1.0,
+                begin + options.budget,
+            )
+            save()
+    except KeyboardInterrupt:
+        print("stopped; the cases that are done are kept", file=sys.stderr)
+        this_run["interrupted"] = "KeyboardInterrupt"
+    if rows:
+        print(save())
+        print(f"written: {options.output / stem}.*", file=sys.stderr)
+    if this_run["interrupted"] == "KeyboardInterrupt":
+        return 130
     return 1 if any(row["status"] == "failed" and row["contender"] == "ours" for row in rows) else 0
+
+
+def planned(bench, options, names):
+    """Each case with each precision, the number of threads set."""
+    for name in names:
+        case = dataclasses.replace(bench.cases[name], **(bench.tiny if options.tiny else {}))
+        if case.device == "cpu":
+            torch.set_num_threads(case.threads)
+        for precision in options.precisions or case.precisions:
+            yield case, precision
+
+
+def contenders_of(case, names):
+    """Those of `names` that a case has."""
+    has = getattr(case, "contenders", names)
+    return [
+        name
+        for name in names
+        if name in has and not (case.device == "cpu" and name.endswith(GPU_ALONE))
+    ]
 
 
 def main(bench, arguments=None):

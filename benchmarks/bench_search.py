@@ -3,15 +3,15 @@
     python benchmarks/bench_search.py                   # every case that this machine can run
     python benchmarks/bench_search.py --cases beam-8 --rounds 3
 
-Cases (beam, 0 for greedy search; B utterances), T=375 encoder frames, sizes of
+Cases (beam, 0 for greedy search; -xB: B utterances instead of one), T=375 encoder frames, sizes of
 librispeech_seq2seq.yaml; on a CPU 8 tokens and 2 threads, on a GPU (-gpu appended) 40 tokens:
 
-    greedy            0, 8            greedy-gpu               0, 24
-    beam-8            8, 1            beam-8-gpu               8, 1
-    beam-8-batch      8, 8            beam-8-batch-gpu         8, 8
-    beam-80           80, 1           beam-80-gpu              80, 1
-                                      beam-80-batch-gpu        80, 16
-                                      beam-80-long-gpu         80, 16, T=875
+    greedy, -x8, -x16      0     greedy-gpu, -x8-gpu, -x16-gpu, -x24-gpu      0
+    beam-8, -x8, -x16      8     beam-8-gpu, -x8-gpu, -x16-gpu                8
+    beam-8-lm              8     with scores of its language model too
+    beam-80               80     beam-80-gpu, -x8-gpu, -x16-gpu              80
+                                 beam-80-lm-gpu                              80, likewise
+                                 beam-80-long-gpu                            80, x16, T=875
 
 What is timed is a whole search for random encoder states with random weights, in which eos is
 impossible, so that all hypotheses have all tokens; the tables have milliseconds a token. Beam
@@ -29,6 +29,7 @@ import sys
 import bench_rounds
 import torch
 from speechbrain.decoders import scorer, seq2seq
+from speechbrain.lobes.models.RNNLM import RNNLM
 from speechbrain.nnet.linear import Linear
 from speechbrain.nnet.RNN import AttentionalRNNDecoder
 
@@ -48,25 +49,32 @@ class Case:
     frames: int = 375
     tokens: int = 8
     neurons: int = 1024
+    language_model: bool = False
     device: str = "cpu"
     threads: int | None = 2
     precisions: tuple = ("fp32",)
 
 
 GPU = {"device": "cuda", "threads": None, "tokens": 40}
-BEAM_8 = Case("beam-8", 8, 1)
+
+
+def _cases(name, beam, batches, suffix="", **sizes):
+    for batch in batches:
+        several = f"-x{batch}" if batch > 1 else ""
+        yield Case(f"{name}{several}{suffix}", beam, batch, **sizes)
+
+
 CASES = {
     case.name: case
     for case in (
-        Case("greedy", 0, 8),
-        BEAM_8,
-        Case("beam-8-batch", 8, 8),
+        *_cases("greedy", 0, (1, 8, 16)),
+        *_cases("beam-8", 8, (1, 8, 16)),
+        Case("beam-8-lm", 8, 1, language_model=True),
         Case("beam-80", 80, 1),
-        Case("greedy-gpu", 0, 24, **GPU),
-        Case("beam-8-gpu", 8, 1, **GPU),
-        Case("beam-8-batch-gpu", 8, 8, **GPU),
-        Case("beam-80-gpu", 80, 1, **GPU),
-        Case("beam-80-batch-gpu", 80, 16, **GPU),
+        *_cases("greedy", 0, (1, 8, 16, 24), "-gpu", **GPU),
+        *_cases("beam-8", 8, (1, 8, 16), "-gpu", **GPU),
+        *_cases("beam-80", 80, (1, 8, 16), "-gpu", **GPU),
+        Case("beam-80-lm-gpu", 80, 1, language_model=True, **GPU),
         Case("beam-80-long-gpu", 80, 16, frames=875, **GPU),
     )
 }
@@ -115,10 +123,12 @@ class Contender(bench_rounds.Contender):
             ctc = (sb_fast_sligru if ours else scorer).CTCScorer(
                 ctc_fc=ctc_linear, blank_index=BLANK, eos_index=EOS
             )
-            coverage = scorer.CoverageScorer(vocab_size=VOCABULARY)
-            scorers = scorer.ScorerBuilder(
-                {"coverage": 1.5, "ctc": 0.4}, full_scorers=[coverage], partial_scorers=[ctc]
-            )
+            weights = {"coverage": 1.5, "ctc": 0.4}
+            full_scorers = [scorer.CoverageScorer(vocab_size=VOCABULARY)]
+            if case.language_model:
+                weights["rnnlm"] = 0.5
+                full_scorers.append(scorer.RNNLMScorer(self._language_model(case), 1.25))
+            scorers = scorer.ScorerBuilder(weights, full_scorers, partial_scorers=[ctc])
             self.search = classes.S2SRNNBeamSearcher(
                 **options,
                 beam_size=case.beam,
@@ -134,6 +144,18 @@ class Contender(bench_rounds.Contender):
             case.batch, case.frames, ENCODER, device=case.device, dtype=precision.dtype
         )
         self.lengths = torch.ones(case.batch, device=case.device)
+
+    def _language_model(self, case):
+        return RNNLM(
+            output_neurons=VOCABULARY,
+            embedding_dim=EMBEDDING,
+            rnn_layers=2,
+            rnn_neurons=2 * case.neurons,
+            dnn_blocks=1,
+            dnn_neurons=case.neurons // 2,
+            dropout=0.0,
+            return_hidden=True,
+        ).to(case.device, self.precision.dtype)
 
     @property
     def backend(self):

@@ -12,9 +12,9 @@ A recogniser with attention fails on a recording longer than all that it was tra
 is cut at its pauses, and the texts of its parts are joined. `--max_segment_length` sets a length,
 in seconds, for CTC too, which needs none.
 
-Files are transcribed one at a time, in the order given, or the longest first in batches of up to
-`--max_batch_length` seconds: quicker where there are many, but the padding of the shorter ones may
-change a letter here and there.
+Files are transcribed one at a time, in the order given, or by `--max_batch_length` the longest
+first in batches of so many seconds, whose searches are made together: the texts are the same, and
+with attention come sooner where there are many.
 """
 
 import argparse
@@ -35,7 +35,9 @@ def main(arguments=None):
     parser.add_argument("audio", nargs="+", help="WAV or FLAC files, or folders of them")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     parser.add_argument(
-        "--max_batch_length", type=_seconds, help="s of audio in a batch (default: no batches)"
+        "--max_batch_length",
+        type=_seconds,
+        help="s of audio searched together (default: one file)",
     )
     parser.add_argument(
         "--max_segment_length",

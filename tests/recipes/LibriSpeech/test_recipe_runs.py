@@ -401,6 +401,7 @@ def test_key_given_twice_is_named(own_noise, tmp_path):
         ("--grad_accumulation_factor=0", "grad_accumulation_factor must be a whole number"),
         ("--batch_size=0", "batch_size must be a whole number, at least 1, got 0"),
         ("--number_of_epochs=-1", "number_of_epochs must be a whole number, at least 0, got -1"),
+        ("--test_batch_size=0", "test_batch_size must be a whole number, at least 1, got 0"),
         ("--max_batch_length=0", "max_batch_length must be above 0, got 0"),
         ("--opt_class={{momentum: 0.9}}", "opt_class: Adadelta.__init__() got an unexpected"),
         ("--opt_class=!name:torch.nn.Linear", "opt_class: "),

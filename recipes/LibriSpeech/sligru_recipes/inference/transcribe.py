@@ -9,16 +9,13 @@ import torch
 from speechbrain.inference.ASR import EncoderDecoderASR
 from speechbrain.utils.logger import get_logger
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from .audio import UNREADABLE, cut_at_pauses, printable, read_audio, read_duration, reason
-from .frames import count_frames, strides
+from .batches import decode_each, encode_each, search_each
+from .frames import strides
 
 logger = get_logger(__name__)
 
-# The encoder (as SpeechBrain's CRDNN does) sees padding, which can change a letter of what it makes
-# of the speech before. Batches are of like lengths, so that the shortest has at most this share.
-MAX_PADDING = 0.03
 MIN_SECONDS = 0.1  # shorter audio is padded
 
 
@@ -32,7 +29,7 @@ class Transcript(NamedTuple):
 
 
 def transcribe(recogniser, files, max_batch_length=0.0, max_segment_length=float("inf")):
-    """Transcribe audio files one at a time or in batches of like durations.
+    """Transcribe audio files one at a time or in batches, to the same texts.
 
     Arguments
     ---------
@@ -99,24 +96,20 @@ def longest_recording(recogniser):
 
 
 def _recognise(recogniser, signals):
-    """The texts of signals [T], which are decoded as far as each would be alone.
-
-    SpeechBrain's `transcribe_batch` would take the share that a signal has of the longest one's
-    samples; times the number of states, that can round to a state less than there is.
-    """
-    encoder = recogniser.mods.encoder
-    hop, pooling = strides(encoder)
-    shortest = max(int(MIN_SECONDS * recogniser.audio_normalizer.sample_rate), hop * pooling)
+    """The texts of signals [T], which are those that each has alone."""
+    shortest = int(MIN_SECONDS * recogniser.audio_normalizer.sample_rate)
+    shortest = max(shortest, math.prod(strides(recogniser.mods.encoder)))
     signals = [pad(signal, (0, max(0, shortest - len(signal)))) for signal in signals]
-    features, states = count_frames(encoder, torch.tensor([len(signal) for signal in signals]))
-    wavs = pad_sequence(signals, batch_first=True)
+
+    def encode(wav):
+        return recogniser.encode_batch(wav, torch.ones(1))
+
     with torch.no_grad():
-        encoded = recogniser.encode_batch(wavs, features / features.max())
-        lengths = (states / encoded.shape[1]).to(recogniser.device)
+        states, frames = encode_each(encode, signals)
         if isinstance(recogniser, EncoderDecoderASR):
-            tokens, *_ = recogniser.mods.decoder(encoded, lengths)
+            tokens = search_each(recogniser.mods.decoder, states, frames)
         else:
-            tokens = recogniser.decoding_function(encoded, lengths)
+            tokens = decode_each(recogniser.decoding_function, states, frames)
     return [recogniser.tokenizer.decode_ids(ids) for ids in tokens]
 
 
@@ -124,8 +117,7 @@ def _batches(seconds, max_batch_length):
     """Lists of keys of like durations, the longest first."""
     batch, longest = [], 0.0
     for key in sorted(seconds, key=seconds.get, reverse=True):
-        full = (len(batch) + 1) * longest > max_batch_length
-        if batch and (full or seconds[key] < (1 - MAX_PADDING) * longest):
+        if batch and (len(batch) + 1) * longest > max_batch_length:
             yield batch
             batch = []
         if not batch:

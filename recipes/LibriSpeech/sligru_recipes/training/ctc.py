@@ -2,6 +2,7 @@
 
 import speechbrain as sb
 
+from ..inference.batches import decode_each
 from .recogniser import ASR
 
 
@@ -26,7 +27,11 @@ class CTC(ASR):
         """Return the CTC loss of the batch; out of training, also count its errors."""
         log_probs, wav_lens = predictions
         tokens, token_lens = self.augment_targets(stage, *batch.tokens)
-        loss = self.ctc_loss(log_probs, tokens, wav_lens, token_lens)
-        if stage != sb.Stage.TRAIN:
-            self.count_errors(batch, self.hparams.decoding_function(log_probs, wav_lens))
+        loss = self.compute_loss(stage, self.ctc_loss, log_probs, tokens, wav_lens, token_lens)
+        decode = self.hparams.decoding_function
+        if stage == sb.Stage.VALID:
+            self.count_errors(batch, decode(log_probs, wav_lens))
+        elif stage == sb.Stage.TEST:
+            frames = (wav_lens * log_probs.shape[1]).round().long()
+            self.count_errors(batch, decode_each(decode, log_probs, frames))
         return loss

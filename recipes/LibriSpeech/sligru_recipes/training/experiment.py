@@ -57,7 +57,8 @@ RANGES = {
     "a whole number, at least 1": (
         lambda value: _is_whole(value) and value >= 1,
         {
-            *("batch_size", "num_buckets", "avg_checkpoints", "sample_rate", "n_fft", "n_mels"),
+            *("batch_size", "test_batch_size", "num_buckets", "avg_checkpoints"),
+            *("sample_rate", "n_fft", "n_mels"),
             *("time_pooling_size", "rnn_layers", "rnn_neurons", "dnn_neurons", "vocab_size"),
             *("emb_size", "dec_neurons", "attn_dim", "attn_channels", "attn_kernel_size"),
             *("lm_emb_size", "lm_rnn_layers", "lm_rnn_neurons", "lm_dnn_neurons"),

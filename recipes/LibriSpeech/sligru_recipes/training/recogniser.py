@@ -1,13 +1,16 @@
 """What the speech recognisers share: encoder, error rates, and the run from data to results."""
 
 import os
+import statistics
 
 import speechbrain as sb
+import torch
 from speechbrain.dataio.batch import PaddedData
 from speechbrain.dataio.dataset import FilteredSortedDynamicItemDataset
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
+from ..inference.batches import encode_each
 from ..inference.export import export
 from ..inference.frames import count_frames
 from .brain import RecipeBrain, make_brain
@@ -34,6 +37,7 @@ class ASR(RecipeBrain):
         self.hparams.speed_perturb.device = self.device
         move_constants(self.hparams.compute_features, self.device)
         self.unread = {}  # utterance ID -> words, of the test split's files that cannot be read
+        self.test_losses = []  # of a split's utterances
 
     def to_device(self, batch):
         """Move a batch's data.
@@ -49,6 +53,8 @@ class ASR(RecipeBrain):
     def encode(self, batch, stage):
         """Map a batch's waveforms, augmented in training, to encoder states.
 
+        In a test each utterance is encoded alone, as if it were a batch of its own.
+
         Returns
         -------
         states : torch.Tensor
@@ -61,18 +67,23 @@ class ASR(RecipeBrain):
         wavs, wav_lens = batch.sig
         if stage == sb.Stage.TRAIN:
             wavs, wav_lens = self.hparams.wav_augment(wavs, wav_lens)
-        feats = self.hparams.compute_features(wavs)
-        lengths = wav_lens.to(self.device, non_blocking=True)
-        if stage == sb.Stage.TRAIN:
+            feats = self.hparams.compute_features(wavs)
+            lengths = wav_lens.to(self.device, non_blocking=True)
             epoch = self.hparams.epoch_counter.current
             feats = normalise(self.modules.normalize, feats, lengths, epoch)
-        else:
-            feats = self.modules.normalize(feats, lengths)
-        states = self.modules.enc(feats)
-        if stage != sb.Stage.TRAIN:  # decode all states that an utterance has where it is alone
-            samples = (wav_lens * wavs.shape[1]).round().long()
-            wav_lens = count_frames(self.hparams, samples)[1] / states.shape[1]
-        return states, wav_lens
+            return self.modules.enc(feats), wav_lens
+
+        def encode(wavs, lengths):
+            feats = self.hparams.compute_features(wavs)
+            return self.modules.enc(self.modules.normalize(feats, lengths.to(self.device)))
+
+        samples = (wav_lens * wavs.shape[1]).round().long()
+        if stage == sb.Stage.TEST:
+            signals = [wav[:count] for wav, count in zip(wavs, samples.tolist(), strict=True)]
+            states, frames = encode_each(lambda wav: encode(wav, torch.ones(1)), signals)
+        else:  # decode all states that an utterance has where it is alone
+            states, frames = encode(wavs, wav_lens), count_frames(self.hparams, samples)[1]
+        return states, frames / states.shape[1]
 
     def augment_targets(self, stage, *targets):
         """Repeat token sequences and lengths as augmentation did the waveforms."""
@@ -87,6 +98,36 @@ class ASR(RecipeBrain):
             log_probs, tokens, wav_lens, token_lens, blank_index=blank_index
         )
 
+    def compute_loss(self, stage, cost, log_probs, targets, wav_lens, target_lens):
+        """Compute the loss of a batch, in a test that of each utterance by itself.
+
+        Arguments
+        ---------
+        stage : speechbrain.Stage
+        cost : callable
+            Maps the others, of one utterance or all, to a loss.
+        log_probs, targets : torch.Tensor
+            [B, T, tokens] and [B, U].
+        wav_lens, target_lens : torch.Tensor
+            [B] relative lengths, on the host.
+
+        Returns
+        -------
+        torch.Tensor
+            In a test the mean over the batch's utterances, on the host.
+        """
+        if stage != sb.Stage.TEST:
+            return cost(log_probs, targets, wav_lens, target_lens)
+        losses, one = [], torch.ones(1)
+        frames = (wav_lens * log_probs.shape[1]).round().long().tolist()
+        tokens = (target_lens * targets.shape[1]).round().long().tolist()
+        for index, (count, length) in enumerate(zip(frames, tokens, strict=True)):
+            which = slice(index, index + 1)
+            losses.append(cost(log_probs[which, :count], targets[which, :length], one, one))
+        losses = torch.stack(losses).cpu()
+        self.test_losses += losses[losses.isfinite()].tolist()
+        return losses.mean()
+
     def count_errors(self, batch, token_ids):
         """Add a batch's hypotheses, lists of token IDs, to the error rates."""
         hypotheses = self.tokenizer(token_ids, task="decode_from_list")
@@ -100,10 +141,17 @@ class ASR(RecipeBrain):
         if stage != sb.Stage.TRAIN:
             self.wer_metric = self.hparams.error_rate_computer()
             self.cer_metric = self.hparams.cer_computer()
-        if stage == sb.Stage.TEST and self.unread:
+        if stage == sb.Stage.TEST:
+            self.test_losses = []
             references = [words.split(" ") for words in self.unread.values()]
             for metric in (self.wer_metric, self.cer_metric):
                 metric.append(list(self.unread), [[] for _ in references], references)
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """End the stage; the loss of a test is the mean of its utterances', not of its batches'."""
+        if stage == sb.Stage.TEST and self.test_losses:
+            stage_loss = statistics.fmean(self.test_losses)
+        super().on_stage_end(stage, stage_loss, epoch)
 
     def collect_stats(self, loss):
         """WER and CER in %."""
@@ -125,14 +173,20 @@ class ASR(RecipeBrain):
                 except OSError as error:
                     logger.warning(f"{split}: {error}: its words count as errors")
                     self.unread[utterance] = dataset.data[utterance]["wrd"]
-        readable = [name for name in dataset.data_ids if name not in self.unread]
+        # Of like duration side by side: the search of a batch takes as long as its longest one's.
+        readable = sorted(
+            (name for name in dataset.data_ids if name not in self.unread),
+            key=lambda name: dataset.data[name]["duration"],
+        )
         stats = super().test(split, FilteredSortedDynamicItemDataset(dataset, readable))
-        run_on_main(self._write_errors, [split])
+        run_on_main(self._write_errors, [split, dataset.data_ids])
         return stats
 
-    def _write_errors(self, split):
+    def _write_errors(self, split, utterances):
+        order = {name: number for number, name in enumerate(utterances)}
         for name, metric in (("wer", self.wer_metric), ("cer", self.cer_metric)):
             path = os.path.join(self.hparams.output_wer_folder, f"{name}_{split}.txt")
+            metric.scores.sort(key=lambda score: order[score["key"]])
             with open(path, "w", encoding="utf-8") as file:
                 metric.write_stats(file)
 

@@ -7,6 +7,7 @@ import speechbrain as sb
 from speechbrain.decoders.scorer import ScorerBuilder
 from speechbrain.utils.checkpoints import torch_recovery
 
+from ..inference.batches import search_each
 from .checkpoints import LOAD_ERRORS, reason_of
 from .recogniser import ASR
 
@@ -43,17 +44,23 @@ class Seq2Seq(ASR):
         if stage == sb.Stage.TRAIN:
             if self.hparams.epoch_counter.current <= self.hparams.number_of_ctc_epochs:
                 ctc_log_probs = self.hparams.log_softmax(self.modules.ctc_lin(states).float())
+        elif stage == sb.Stage.VALID:
+            token_ids, *_ = self.hparams.valid_search(states, lengths)
         else:
-            search = self.hparams.valid_search if stage == sb.Stage.VALID else self.test_search
-            token_ids, *_ = search(states, lengths)
+            frames = (wav_lens * states.shape[1]).round().long()
+            token_ids = search_each(self.test_search, states, frames)
         return log_probs, ctc_log_probs, wav_lens, token_ids
 
     def compute_objectives(self, predictions, batch, stage):
         """Return the loss of the batch; out of training that of the decoder, and count errors."""
         log_probs, ctc_log_probs, wav_lens, token_ids = predictions
         tokens_eos, eos_lens = self.augment_targets(stage, *batch.tokens_eos)
-        eos_lens = eos_lens.to(self.device, non_blocking=True)
-        loss = self.hparams.seq_cost(log_probs, tokens_eos, length=eos_lens)
+
+        def cost(log_probs, tokens, _, lengths):
+            lengths = lengths.to(self.device, non_blocking=True)
+            return self.hparams.seq_cost(log_probs, tokens, length=lengths)
+
+        loss = self.compute_loss(stage, cost, log_probs, tokens_eos, eos_lens, eos_lens)
         if ctc_log_probs is not None:
             tokens, token_lens = self.augment_targets(stage, *batch.tokens)
             ctc_loss = self.ctc_loss(ctc_log_probs, tokens, wav_lens, token_lens)
