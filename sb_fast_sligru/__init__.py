@@ -22,9 +22,11 @@ __all__ = [
     "S2SRNNGreedySearcher",
     "SLiGRU",
     "SyncBatchNorm",
+    "accelerate",
     "backend",
     "ctc_loss",
     "ops",
+    "restore",
 ]
 
 
@@ -37,6 +39,8 @@ def __getattr__(name):
         "CTCScorer": "ctc_scorer",
         "S2SRNNBeamSearcher": "search",
         "S2SRNNGreedySearcher": "search",
+        "accelerate": "acceleration",
+        "restore": "acceleration",
     }.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

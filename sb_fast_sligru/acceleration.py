@@ -1,0 +1,139 @@
+"""Ours in place of SpeechBrain's, inside a model that exists already.
+
+An object of one of SpeechBrain's classes becomes one of our subclass, where it stands: parameters,
+buffers, hooks and references to it stay, so that optimisers, checkpoints and wrappers see nothing.
+"""
+
+from typing import NamedTuple
+
+from . import rnn
+from ._stock import CRDNN, RNN, scorer, seq2seq
+from .crdnn import CRDNN as OurCRDNN
+from .ctc_scorer import CTCScorer
+from .decoder import AttentionalRNNDecoder
+from .search import S2SRNNBeamSearcher, S2SRNNGreedySearcher
+
+__all__ = ["Part", "accelerate", "restore"]
+
+_OURS = {
+    RNN.SLiGRU: rnn.SLiGRU,
+    RNN.SLiGRU_Layer: rnn.SLiGRU_Layer,
+    RNN.LiGRU: rnn.LiGRU,
+    RNN.LiGRU_Layer: rnn.LiGRU_Layer,
+    RNN.AttentionalRNNDecoder: AttentionalRNNDecoder,
+    CRDNN.CRDNN: OurCRDNN,
+    scorer.CTCScorer: CTCScorer,
+    seq2seq.S2SRNNBeamSearcher: S2SRNNBeamSearcher,
+    seq2seq.S2SRNNGreedySearcher: S2SRNNGreedySearcher,
+}
+_MARK = "_sb_fast_sligru_replaces"  # attribute of what `accelerate` changed: the class before
+
+
+class Part(NamedTuple):
+    """A part of a model that is, or could have been, one of ours."""
+
+    name: str
+    """As of ``named_modules``."""
+    kind: str
+    """Name of its class."""
+    is_ours: bool
+    reason: str
+    """Why it is not, or why it runs SpeechBrain's code all the same; "" if neither."""
+
+    def __str__(self):
+        is_ours = "ours" if self.is_ours else "SpeechBrain's"
+        return f"{self.name or '(the model)'}: {self.kind}, {is_ours}" + (
+            f" ({self.reason})" if self.reason else ""
+        )
+
+
+def accelerate(module):
+    """Make SpeechBrain's SLi-GRUs, Li-GRUs, CRDNNs, decoders, CTC scorers and searches ours.
+
+    In place, in any model: built, loaded, trained, pretrained (`EncoderASR`, `EncoderDecoderASR`).
+    Subclasses of SpeechBrain's classes are left alone. A second call changes nothing.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+
+    Returns
+    -------
+    parts : list of Part
+        All parts of those kinds.
+
+    Raises
+    ------
+    ValueError
+        If `module` is no module.
+
+    Example
+    -------
+    >>> net = RNN.SLiGRU(hidden_size=5, input_shape=[None, None, 20])
+    >>> for part in accelerate(net):
+    ...     print(part)
+    (the model): SLiGRU, ours
+    rnn.0: SLiGRU_Layer, ours
+    """
+    parts = []
+    for name, part in _parts(module):
+        kind = type(part)
+        reason = ""
+        if kind in _OURS:
+            reason = _take_over(part, _OURS[kind])
+        elif kind not in _OURS.values():
+            reason = f"{kind.__module__}.{kind.__qualname__} is a class of its own"
+        is_ours = type(part) in _OURS.values()
+        if is_ours and hasattr(part, "_obstacle"):
+            reason = part._obstacle()
+        parts.append(Part(name, kind.__name__, is_ours, reason))
+    return parts
+
+
+def restore(module):
+    """Undo `accelerate`.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        What was built as ours stays so.
+
+    Returns
+    -------
+    names : list of str
+        Of the parts that are SpeechBrain's again.
+    """
+    names = []
+    for name, part in _parts(module):
+        if _MARK in vars(part):
+            part.__class__ = vars(part).pop(_MARK)
+            vars(part).pop("activation", None)  # of a layer of ours
+            names.append(name)
+    return names
+
+
+def _parts(module):
+    """Name and object of all parts that are, or could be, ours."""
+    if not hasattr(module, "named_modules"):
+        raise ValueError(f"module must be a torch.nn.Module, but is {type(module).__name__}")
+    for name, part in module.named_modules():
+        if isinstance(part, tuple(_OURS)):
+            yield name, part
+        builder = getattr(part, "scorer", None)  # of a search; it and its scorers are no modules
+        if isinstance(builder, scorer.ScorerBuilder):
+            for key in ("full_scorers", "partial_scorers"):
+                for its_name, its_scorer in getattr(builder, key).items():
+                    if isinstance(its_scorer, tuple(_OURS)):
+                        yield f"{name}.scorer.{key}.{its_name}".lstrip("."), its_scorer
+
+
+def _take_over(part, ours):
+    """Make it ours; returns why it cannot be, "" if it is."""
+    if issubclass(ours, rnn._LightGRULayer):
+        try:
+            part.activation = rnn._activation_name(part.act)
+        except ValueError as error:
+            return str(error)
+    vars(part)[_MARK] = type(part)
+    part.__class__ = ours
+    return ""
