@@ -150,6 +150,9 @@ def speechbrain(monkeypatch):
         models = types.ModuleType("speechbrain.lobes.models")
         models.CRDNN = None
         monkeypatch.setitem(sys.modules, "speechbrain.lobes.models", models)
+        decoders = types.ModuleType("speechbrain.decoders")
+        decoders.scorer = decoders.seq2seq = None
+        monkeypatch.setitem(sys.modules, "speechbrain.decoders", decoders)
         for name in ("rnn", "_stock"):
             monkeypatch.delitem(sys.modules, f"sb_fast_sligru.{name}", raising=False)
             monkeypatch.delattr(sb_fast_sligru, name, raising=False)
@@ -185,7 +188,15 @@ def not_loaded(path, words):
 def old_speechbrain():
     nnet = types.ModuleType("speechbrain.nnet")
     nnet.RNN = types.ModuleType("speechbrain.nnet.RNN")  # without SLiGRU
-    for name in ("CNN", "containers", "dropout", "normalization", "pooling"):
+    for name in (
+        "CNN",
+        "containers",
+        "dropout",
+        "embedding",
+        "linear",
+        "normalization",
+        "pooling",
+    ):
         setattr(nnet, name, None)
     return nnet
 
