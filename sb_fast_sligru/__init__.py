@@ -2,7 +2,7 @@
 
 For SpeechBrain, on compiled kernels. Importing this package, `sb_fast_sligru.ops` included, needs
 torch alone. The classes subclass SpeechBrain's and import SpeechBrain when they are first asked
-for; `SyncBatchNorm` and `ctc_loss` need none of it.
+for; `Adadelta`, `SyncBatchNorm` and `ctc_loss` need none of it.
 """
 
 import importlib
@@ -10,11 +10,13 @@ import importlib
 from . import ops
 from .losses import ctc_loss
 from .ops import backend
+from .optim import Adadelta
 from .sync_batch_norm import SyncBatchNorm
 
 __version__ = "0.2.0"
 __all__ = [
     "CRDNN",
+    "Adadelta",
     "AttentionalRNNDecoder",
     "CTCScorer",
     "LiGRU",

@@ -113,6 +113,10 @@ def report(hidden=512, rows=16):
     for device in map(torch.device, devices):
         choice = ops.choose_location_energies_backend(device, torch.float32, *ATTENTION)
         lines.append("  {:<18} {} ({})".format(str(device), *choice))
+    lines.append("Backend for Adadelta:")
+    for device in map(torch.device, devices):
+        choice = ops.choose_adadelta_backend(device)
+        lines.append("  {:<18} {} ({})".format(str(device), *choice))
     return lines
 
 

@@ -4,6 +4,7 @@ A file holds an operator: its function, fake kernels, autograd, and what chooses
 kernel. `backend` forces that choice for all of them.
 """
 
+from ._adadelta import adadelta_, choose_adadelta_backend
 from ._attention_decoder import attention_decoder, choose_decoder_backend
 from ._backends import BACKENDS, Gpu, backend, gpu
 from ._ctc_loss import choose_ctc_loss_backend, ctc_loss
@@ -22,8 +23,10 @@ __all__ = [
     "BACKENDS",
     "Choice",
     "Gpu",
+    "adadelta_",
     "attention_decoder",
     "backend",
+    "choose_adadelta_backend",
     "choose_backend",
     "choose_ctc_loss_backend",
     "choose_ctc_prefix_backend",

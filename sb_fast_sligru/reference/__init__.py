@@ -1,5 +1,6 @@
 """The operators as plain PyTorch: what compiled kernels are tested against, and the fallback."""
 
+from ._adadelta import adadelta_
 from ._attention_decoder import attention_decoder
 from ._ctc_loss import ctc_loss
 from ._ctc_prefix import LOG_ZERO, ctc_prefix_extend, ctc_prefix_scores, ctc_prefix_start
@@ -11,6 +12,7 @@ from ._norm_pool import norm_pool
 __all__ = [
     "ACTIVATIONS",
     "LOG_ZERO",
+    "adadelta_",
     "attention_decoder",
     "ctc_loss",
     "ctc_prefix_extend",

@@ -192,6 +192,22 @@ def test_updates_are_speechbrains(tmp_path, data, factor):
         assert mine | {"seconds": 0} == other | {"seconds": 0}
 
 
+def test_gradients_below_the_limit_are_not_multiplied(tmp_path, data, monkeypatch):
+    """That would be a pass over all of them, by 1; the weights are the same to the bit."""
+    options = {"epochs": 3, "max_grad_norm": 1.0}
+    theirs = fit(make_brain(tmp_path / "theirs", kind=AsSpeechBrain, **options), data)
+    clip, norms = torch.nn.utils.clip_grads_with_norm_, []
+
+    def note(gradients, limit, norm):
+        norms.append(norm.item())
+        clip(gradients, limit, norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", note)
+    ours = fit(make_brain(tmp_path / "ours", **options), data)
+    assert torch.equal(weight(ours), weight(theirs))
+    assert 0 < len(norms) < 3 * BATCHES and min(norms) > 1.0 - 1e-6
+
+
 def test_losses_that_are_not_finite_are_borne_a_few_times(tmp_path, data, caplog):
     """Each is told, its update left out; one more than the patience ends the run."""
     rows = data.tensors[0].clone()

@@ -18,6 +18,7 @@ from helpers import ROOT, alive, wait_until
 from tiny_runs import held_by_another
 
 import compare_epoch_time
+import sb_fast_sligru
 from sb_fast_sligru import machine
 from sligru_recipes.corpora import simulated as simulation
 from sligru_recipes.corpora.embedded import make_corpus
@@ -378,6 +379,38 @@ def test_each_variant_has_its_classes(simulated):
     }
 
 
+def test_adadelta_is_a_part_where_the_yaml_has_it(simulated):
+    """With the YAML's arguments; another optimiser is that of all variants."""
+    arguments = [argument for argument in simulated if not argument.startswith("--overrides")]
+    arguments += ["--batches=2", "--no-io"]
+
+    def classes_of(*given, build=()):
+        """Of the variants, by their names; and the optimisers of those that are built."""
+        options, rest = compare_epoch_time.parse([*arguments, *given])
+        with load_recipe(rest, options) as recipe:
+            variants = [
+                variant
+                for cell in ("SLi-GRU", "GRU")
+                for variant in compare.make_variants(recipe, options, cell, "fp32")
+            ]
+            optimizers = [
+                epoch_runs.make_brain(recipe, variant).optimizer
+                for variant in variants
+                if variant.implementation in build
+            ]
+        return {v.implementation: v.classes.get("opt_class") for v in variants}, optimizers
+
+    found, (stock, ours) = classes_of(build=("stock", "ours: all"))
+    assert found.pop("ours: all") == "sb_fast_sligru.Adadelta"
+    assert len(found) == 5 and set(found.values()) == {"torch.optim.Adadelta"}
+    assert type(stock) is torch.optim.Adadelta and type(ours) is sb_fast_sligru.Adadelta
+    assert stock.defaults == ours.defaults and ours.defaults["rho"] == 0.95
+    _, (ours,) = classes_of("--opt_class={rho: 0.9}", build=("ours: all",))
+    assert type(ours) is sb_fast_sligru.Adadelta and ours.defaults["rho"] == 0.9
+    found, _ = classes_of("--opt_class=!name:torch.optim.SGD")
+    assert set(found.values()) == {None}
+
+
 def test_agreement_has_every_part_ours(simulated, tmp_path, monkeypatch):
     started, start_run = [], epoch_runs.start_run
 
@@ -562,6 +595,7 @@ def test_sample_takes_short_middle_and_long_batches(arguments):
         ("--simulate=dev-clean", "found duplicate key"),
         ("--resume", "is no report to go on with"),
         ("--rnn_class=!name:sb_fast_sligru.LiGRU", "rnn_class: the comparison takes ours"),
+        ("--opt_class=!name:torch.optim.Adadelta", "opt_class: the comparison takes ours"),
     ],
 )
 def test_bad_arguments_end_in_one_line(arguments, bad, message):

@@ -20,6 +20,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from tiny_corpora import SPLITS, make_noise
 from tiny_runs import TINY, complaint, held_by_another
 
+import sb_fast_sligru
 import train_ctc
 from sligru_recipes.corpora.librispeech import prepare_librispeech
 from sligru_recipes.lock import lock_folder
@@ -198,6 +199,32 @@ def test_options_of_the_optimiser_are_those_of_the_command(noise, tmp_path):
         train_ctc.main(arguments(noise, tmp_path, "--opt_class={rho: 0.5}", kept))
     assert groups[0]["rho"] == keys_of(tmp_path)["opt_class"]["rho"] == 0.5
     assert groups[0]["lr"] == 3e-3
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        (sb_fast_sligru.Adadelta, torch.optim.Adadelta),
+        (torch.optim.Adadelta, sb_fast_sligru.Adadelta),
+    ],
+    ids=["from ours", "to ours"],
+)
+def test_pytorchs_adadelta_and_ours_go_on_with_each_other(noise, tmp_path, classes):
+    """With the averages that the other has left."""
+    seen = []
+
+    def note(self, *args):
+        state = self.optimizer.state_dict()["state"]
+        seen.append((type(self.optimizer), state[0]["step"].item()))
+
+    folders = {torch.optim.Adadelta: "torch.optim", sb_fast_sligru.Adadelta: "sb_fast_sligru"}
+    with then(RecipeBrain, "on_fit_batch_end", note):
+        for epoch, optimizer_class in enumerate(classes, 1):
+            chosen = f"--opt_class=!name:{folders[optimizer_class]}.Adadelta"
+            train(arguments(noise, tmp_path, chosen, f"--number_of_epochs={epoch}"))
+    batches = len(seen) // 2
+    assert batches > 1
+    assert seen == [(classes[i // batches], i + 1) for i in range(2 * batches)]
 
 
 def test_run_options_are_recorded(noise, tmp_path):

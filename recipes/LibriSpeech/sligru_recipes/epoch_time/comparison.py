@@ -2,13 +2,13 @@
 
 A recipe has parts that are SpeechBrain's or ours, by keys of its YAML: the RNN and those of PARTS.
 "stock" has SpeechBrain's of all; "ours: RNN only" our RNN; then comes a variant for each further
-part, which has it and all before it, so that the gain of each can be read off; the CTC loss comes
-with the CNN. PyTorch's RNNs stand in stock. Everything else is the same for all variants of a
-precision: initial weights (one state_dict copied into all), batches, their order, the seed of every
-step, so also augmentation and the dropout outside these parts. The variants of an RNN and a
-precision take turns on blocks of batches, each block beginning with another one (`--isolate`: one
-after the other, each in a process of its own). A step is timed from the request for its batch to
-the end of `fit_batch`, where the GPU may have its update still to do; the last step of a block
+part, which has it and all before it, so that the gain of each can be read off; the CTC loss and
+Adadelta come with the CNN. PyTorch's RNNs stand in stock. Everything else is the same for all
+variants of a precision: initial weights (one state_dict copied into all), batches, their order, the
+seed of every step, so also augmentation and the dropout outside these parts. The variants of an RNN
+and a precision take turns on blocks of batches, each block beginning with another one (`--isolate`:
+one after the other, each in a process of its own). A step is timed from the request for its batch
+to the end of `fit_batch`, where the GPU may have its update still to do; the last step of a block
 waits for that. The first steps, on the longest batch, are reported apart.
 Where the loader has processes of its own, they start before and may be some batches ahead when a
 variant's turn comes; the report's loader_utilisation tells if they could keep it up, loader_wait
@@ -49,6 +49,7 @@ import statistics
 import sys
 
 import scipy.stats
+import torch
 from speechbrain.utils.autocast import AMPConfig
 
 import sb_fast_sligru
@@ -93,6 +94,7 @@ PARTS = {
         "ours: all", "sb_fast_sligru.CRDNN", "speechbrain.lobes.models.CRDNN.CRDNN"
     ),
     "ctc_cost": Part("ours: all", "sb_fast_sligru.ctc_loss", "speechbrain.nnet.losses.ctc_loss"),
+    "opt_class": Part("ours: all", "sb_fast_sligru.Adadelta", "torch.optim.Adadelta"),
 }
 RNN_ONLY = "ours: RNN only"
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -135,9 +137,17 @@ def epoch_seconds(seconds, passes, padded, padded_in_epoch):
     return estimate, (estimate - half, estimate + half)
 
 
+def parts_of(recipe):
+    """Those of PARTS that a recipe has."""
+    parts = {key: part for key, part in PARTS.items() if key in recipe.keys}
+    if recipe.optimiser not in (sb_fast_sligru.Adadelta, torch.optim.Adadelta):
+        del parts["opt_class"]  # all variants have that of the YAML
+    return parts
+
+
 def implementations(recipe, options, cell):
     """Name -> classes, by their keys in the YAML, of an RNN's variants, in the order of turns."""
-    parts = {key: part for key, part in PARTS.items() if key in recipe.keys}
+    parts = parts_of(recipe)
     stock_parts = {key: part.stock for key, part in parts.items()}
     rnns = CELLS[cell]
     if "torch" in rnns:
@@ -202,8 +212,9 @@ def compare(arguments, options):
     with load_recipe(arguments, options, hold=True) as recipe:
         if not options.precisions:
             options = dataclasses.replace(options, precisions=(recipe.hparams["precision"],))
-        for key in ("rnn_class", *PARTS):
-            if key in recipe.overrides:
+        for key in ("rnn_class", *parts_of(recipe)):
+            given = recipe.overrides.get(key, {})
+            if not isinstance(given, dict):  # a class, not its arguments
                 raise ValueError(f"{key}: the comparison takes ours and SpeechBrain's in turn")
         if "tf32" in options.precisions and "cuda" not in recipe.device:
             raise ValueError(f"precision tf32 needs a CUDA device, got {recipe.device}")

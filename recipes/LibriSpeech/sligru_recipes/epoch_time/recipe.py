@@ -43,6 +43,7 @@ class Recipe:
     brain_class: type
     hparams: dict
     keys: frozenset  # of the YAML
+    optimiser: type  # without its arguments
     hparams_file: str
     overrides: dict
     run_opts: speechbrain.utils.run_opts.RunOptions
@@ -143,6 +144,7 @@ def load_recipe(arguments, options, hold=False):
             # Without the model that comes with them.
             hparams={name: value for name, value in hparams.items() if _is_plain(value)},
             keys=frozenset(hparams),
+            optimiser=getattr(hparams["opt_class"], "func", hparams["opt_class"]),
             hparams_file=hparams_file,
             overrides=overrides,
             run_opts=run_opts,

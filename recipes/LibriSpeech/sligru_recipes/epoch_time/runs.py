@@ -3,11 +3,13 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import logging
 import math
 import multiprocessing
 import os
+import pydoc
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -97,6 +99,7 @@ def make_brain(recipe, variant, for_agreement=False):
     """
     yaml = ruamel.yaml.YAML()
     classes = {key: yaml.load(f"!name:{name}") for key, name in variant.classes.items()}
+    classes.pop("opt_class", None)  # has arguments, which are lost if it is replaced in the YAML
     overrides = {**copy.deepcopy(recipe.overrides), **classes}
     if for_agreement:
         overrides["dropout"] = 0.0
@@ -106,6 +109,10 @@ def make_brain(recipe, variant, for_agreement=False):
         overridden_args=recipe.run_opts.overridden_args | {"precision"},
     )
     hparams = load_hparams(recipe.hparams_file, overrides)
+    if "opt_class" in variant.classes:
+        arguments = getattr(hparams["opt_class"], "keywords", {})
+        opt_class = pydoc.locate(variant.classes["opt_class"])
+        hparams["opt_class"] = functools.partial(opt_class, **arguments)
     if for_agreement:
         hparams["wav_augment"] = Augmenter(augmentations=[])
     brain = recipe_brain.make_brain(recipe.brain_class, hparams, run_opts, recipe.tokenizer)

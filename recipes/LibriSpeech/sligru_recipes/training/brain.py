@@ -269,8 +269,9 @@ class RecipeBrain(sb.Brain):
             finite = read[1:].isfinite().all()
             self.skipped_updates += not finite
             if finite or self.scaler.is_enabled():  # in fp16 the scaler skips, and lowers its scale
-                # SpeechBrain clips the first group.
-                torch.nn.utils.clip_grads_with_norm_(groups[0], self.max_grad_norm, norms[0])
+                # SpeechBrain clips the first group. PyTorch multiplies all of it, be it by 1.
+                if self.max_grad_norm / (read[1] + 1e-6) < 1:
+                    torch.nn.utils.clip_grads_with_norm_(groups[0], self.max_grad_norm, norms[0])
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
                 self.optimizer_step += 1

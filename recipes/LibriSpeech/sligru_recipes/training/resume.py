@@ -30,6 +30,8 @@ FIXED = (
     "eos_index",
     "pretrained_folder",
 )
+# Classes whose checkpoints are each other's, the numbers included.
+SAME_OPTIMISER = {"!name:sb_fast_sligru.Adadelta": "!name:torch.optim.Adadelta"}
 FITTED_SIZE = "fitted vocab_size"  # of the tokenizer, where the text could not fill vocab_size
 
 
@@ -147,7 +149,7 @@ def check_resume(checkpoint, settings, references, hparams, load_model, folder):
     if settings["vocab_size"] == before.get(FITTED_SIZE):
         changed.discard("vocab_size")  # its hyperparams.yaml has that size
     refused = {key for key in FIXED if key in changed}
-    if "opt_class" in changed and _class(before["opt_class"]) != _class(settings["opt_class"]):
+    if "opt_class" in changed and _optimiser(before) != _optimiser(settings):
         refused.add("opt_class")
     in_model = changed & _reachable("model", references)
     if in_model:
@@ -177,9 +179,10 @@ def _load(text):
         return "another"  # a digest
 
 
-def _class(text):
-    value = _load(text)
-    return next(iter(value)) if isinstance(value, dict) else value
+def _optimiser(settings):
+    value = _load(settings["opt_class"])
+    name = next(iter(value)) if isinstance(value, dict) else value
+    return SAME_OPTIMISER.get(name, name)
 
 
 def _short(text):

@@ -1,0 +1,60 @@
+// What the operator reads and writes, as plain pointers: the contract between the files that see
+// tensors (operator.cpp, operator_cuda.cpp) and those that compute (cpu.cpp, kernels.cu). No torch
+// headers.
+//
+// Adadelta (Zeiler 2012, Algorithm 1) with the options of PyTorch's. Of each parameter x with
+// gradient g, the averages v of its squared gradients and u of its squared steps:
+//
+//   g <- g + weight_decay x          of -g, if g is to be climbed
+//   v <- rho v + (1 - rho) g^2
+//   d  = sqrt(u + eps) / sqrt(v + eps) g
+//   u <- rho u + (1 - rho) d^2
+//   x <- x - lr d
+//
+// Four numbers are read and three written for each parameter: the update is bound by memory, so it is
+// one pass over all of it. Which parameters are neighbours does not matter, nor does their shape.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "common/types.h"
+
+namespace sb_fast_sligru::adadelta {
+
+// A tensor of parameters and what belongs to it, in the same order of memory, without gaps.
+struct Parameters {
+  int64_t size;
+  float* x;
+  const float* grad;
+  float* square_avg;  // v
+  float* acc_delta;   // u
+};
+
+struct Rule {
+  float lr, rho, rest;  // rest = 1 - rho, rounded once
+  float eps, weight_decay;
+  float sign;  // of the gradient
+
+  SLIGRU_HD void update(float& x, float grad, float& square_avg, float& acc_delta) const {
+    const float signed_grad = sign * grad;
+    // Without decay, an infinite parameter is none of the gradient.
+    const float g = weight_decay != 0.f ? signed_grad + weight_decay * x : signed_grad;
+    // In this order the compiler fuses the addition with the square, whose rounding counts at first,
+    // when the averages are 0.
+    square_avg = rest * g * g + rho * square_avg;
+    const float d = sqrtf(acc_delta + eps) / sqrtf(square_avg + eps) * g;
+    acc_delta = rest * d * d + rho * acc_delta;
+    x -= lr * d;
+  }
+};
+
+namespace cpu {
+void update(const Rule& rule, const std::vector<Parameters>& tensors);
+}
+
+namespace cuda {  // on the current device; throws std::runtime_error if a launch fails
+void update(const Rule& rule, const std::vector<Parameters>& tensors, void* stream);
+}
+
+}  // namespace sb_fast_sligru::adadelta
