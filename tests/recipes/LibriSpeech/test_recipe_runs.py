@@ -438,7 +438,7 @@ def test_key_given_twice_is_named(own_noise, tmp_path):
         ("--dnn_blocks=-1", "dnn_blocks must be a whole number, at least 0, got -1"),
         ("--lr=.inf", "lr must be at least 0, got inf"),
         ("--opt_class={{lr: 1}}", "opt_class has lr, which is a key of its own: --lr"),
-        ("--opt_class=Adam", "opt_class must be a class such as !name:torch.optim.Adadelta, got"),
+        ("--opt_class=Adam", "opt_class must be a class such as !name:sb_fast_sligru.Adadelta,"),
         ("--ctc_cost=3", "ctc_cost must be a class such as !name:sb_fast_sligru.ctc_loss, got 3"),
         ("--ctc_cost=!name:torch.nn.CTCLoss", "ctc_cost: "),
         ("--checkpointer=null", "checkpointer must be a class such as !new:sligru_recipes"),
