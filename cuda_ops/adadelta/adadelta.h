@@ -31,6 +31,15 @@ struct Parameters {
   float* acc_delta;   // u
 };
 
+// a b + c, on a GPU always rounded once: its compiler would choose anew for each loop.
+SLIGRU_HD float multiply_add(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+  return __fmaf_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 struct Rule {
   float lr, rho, rest;  // rest = 1 - rho, rounded once
   float eps, weight_decay;
@@ -39,13 +48,13 @@ struct Rule {
   SLIGRU_HD void update(float& x, float grad, float& square_avg, float& acc_delta) const {
     const float signed_grad = sign * grad;
     // Without decay, an infinite parameter is none of the gradient.
-    const float g = weight_decay != 0.f ? signed_grad + weight_decay * x : signed_grad;
-    // In this order the compiler fuses the addition with the square, whose rounding counts at first,
-    // when the averages are 0.
-    square_avg = rest * g * g + rho * square_avg;
+    const float g = weight_decay != 0.f ? multiply_add(weight_decay, x, signed_grad) : signed_grad;
+    // In this order the addition is fused with the square, whose rounding counts at first, when the
+    // averages are 0.
+    square_avg = multiply_add(rest * g, g, rho * square_avg);
     const float d = sqrtf(acc_delta + eps) / sqrtf(square_avg + eps) * g;
-    acc_delta = rest * d * d + rho * acc_delta;
-    x -= lr * d;
+    acc_delta = multiply_add(rest * d, d, rho * acc_delta);
+    x = multiply_add(-lr, d, x);
   }
 };
 
