@@ -40,6 +40,15 @@ SLIGRU_HD float multiply_add(float a, float b, float c) {
 #endif
 }
 
+// a b + c d. On a CPU too the compiler fuses the addition with the first product where it can.
+SLIGRU_HD float sum_of_products(float a, float b, float c, float d) {
+#ifdef __CUDA_ARCH__
+  return __fmaf_rn(a, b, __fmul_rn(c, d));
+#else
+  return a * b + c * d;
+#endif
+}
+
 struct Rule {
   float lr, rho, rest;  // rest = 1 - rho, rounded once
   float eps, weight_decay;
@@ -49,11 +58,10 @@ struct Rule {
     const float signed_grad = sign * grad;
     // Without decay, an infinite parameter is none of the gradient.
     const float g = weight_decay != 0.f ? multiply_add(weight_decay, x, signed_grad) : signed_grad;
-    // In this order the addition is fused with the square, whose rounding counts at first, when the
-    // averages are 0.
-    square_avg = multiply_add(rest * g, g, rho * square_avg);
+    // The squares' rounding counts at first, when the averages are 0.
+    square_avg = sum_of_products(rest * g, g, rho, square_avg);
     const float d = sqrtf(acc_delta + eps) / sqrtf(square_avg + eps) * g;
-    acc_delta = multiply_add(rest * d, d, rho * acc_delta);
+    acc_delta = sum_of_products(rest * d, d, rho, acc_delta);
     x = multiply_add(-lr, d, x);
   }
 };
