@@ -274,7 +274,7 @@ README_VARIANTS = {
     "stock": "SpeechBrain's (*stock*)",
     "ours: RNN only": "our RNN",
     "ours: RNN + decoder": "our RNN and decoder",
-    "ours: all": "our RNN, decoder and CNN",
+    "ours: all": "all ours",
 }
 
 
