@@ -16,7 +16,14 @@ import torch
 from helpers import ROOT
 
 from sb_fast_sligru import _library, info, ops
-from sb_fast_sligru.ops import Gpu, _attention_decoder, _backends, _light_gru, _norm_pool
+from sb_fast_sligru.ops import (
+    Gpu,
+    _attention_decoder,
+    _backends,
+    _light_gru,
+    _location_energies,
+    _norm_pool,
+)
 
 H200 = Gpu(
     capability=90,
@@ -160,7 +167,7 @@ def pretend(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: properties[1:3])
         monkeypatch.setattr(ops, "gpu", lambda index: gpu)
-        for module in (_attention_decoder, _light_gru, _norm_pool):
+        for module in (_attention_decoder, _light_gru, _location_energies, _norm_pool):
             monkeypatch.setattr(module, "gpu", lambda index: gpu)
         for query in (_backends._query_missing_code, _light_gru._query_persistent):
             module = sys.modules[query.__module__]
