@@ -19,8 +19,8 @@ class Replay:
     Arguments
     ---------
     function : callable
-        Of tensors on a CUDA device, or None; it returns tensors, may change tensors of its own
-        and never reads one on the host.
+        Of tensors; it returns tensors, may change tensors of its own and never reads one on the
+        host.
     """
 
     def __init__(self, function):
