@@ -8,6 +8,7 @@ import torch
 
 from . import __version__, _library, ops
 
+DECODER = 10, 201  # channels and taps of SpeechBrain's recipes
 CNN_FRAME = 40, 128  # frequencies and channels of the recipes' first block
 ATTENTION = 1024, 16, 201  # units, channels and taps of the seq2seq recipe's search
 
@@ -92,31 +93,23 @@ def report(hidden=512, rows=16):
             if name == "persistent":
                 passes = ("forward", "backward")
                 lines += [_kernel(device, hidden, rows, dtype, direction) for direction in passes]
-    lines.append("Backend for the attention decoder:")
-    for device in map(torch.device, devices):
-        # Channels and taps of SpeechBrain's recipes; of the dtypes only float64 makes a difference.
-        choice = ops.choose_decoder_backend(device, torch.float32, 10, 201)
-        lines.append("  {:<18} {} ({})".format(str(device), *choice))
-    lines.append("Backend for the CNN:")
-    for device in map(torch.device, devices):
-        choice = ops.choose_norm_pool_backend(device, torch.float32, *CNN_FRAME)
-        lines.append("  {:<18} {} ({})".format(str(device), *choice))
-    lines.append("Backend for the CTC loss:")
-    for device in map(torch.device, devices):
-        choice = ops.choose_ctc_loss_backend(device)
-        lines.append("  {:<18} {} ({})".format(str(device), *choice))
-    lines.append("Backend for CTC prefix scores:")
-    for device in map(torch.device, devices):
-        choice = ops.choose_ctc_prefix_backend(device)
-        lines.append("  {:<18} {} ({})".format(str(device), *choice))
-    lines.append("Backend for attention energies of a search:")
-    for device in map(torch.device, devices):
-        choice = ops.choose_location_energies_backend(device, torch.float32, *ATTENTION)
-        lines.append("  {:<18} {} ({})".format(str(device), *choice))
-    lines.append("Backend for Adadelta:")
-    for device in map(torch.device, devices):
-        choice = ops.choose_adadelta_backend(device)
-        lines.append("  {:<18} {} ({})".format(str(device), *choice))
+    for title, choose, arguments in (
+        # Of the dtypes only float64 makes a difference here.
+        ("the attention decoder", ops.choose_decoder_backend, (torch.float32, *DECODER)),
+        ("the CNN", ops.choose_norm_pool_backend, (torch.float32, *CNN_FRAME)),
+        ("the CTC loss", ops.choose_ctc_loss_backend, ()),
+        ("CTC prefix scores", ops.choose_ctc_prefix_backend, ()),
+        (
+            "attention energies of a search",
+            ops.choose_location_energies_backend,
+            (torch.float32, *ATTENTION),
+        ),
+        ("Adadelta", ops.choose_adadelta_backend, ()),
+    ):
+        lines.append(f"Backend for {title}:")
+        for device in map(torch.device, devices):
+            choice = choose(device, *arguments)
+            lines.append("  {:<18} {} ({})".format(str(device), *choice))
     return lines
 
 
