@@ -1,7 +1,16 @@
-// From the choice of a kernel to its launcher.
+// From the choice of a kernel to its launcher, and the memory that it needs.
+#include "light_gru/persistent/l2.cuh"
 #include "light_gru/persistent/launch.h"
 
 namespace sb_fast_sligru {
+
+int64_t exchange_bytes(const KernelChoice& choice, const Recurrence& layer, Direction direction) {
+  if (choice.kernel != Kernel::kL2) return 0;
+  const L2Memory memory =
+      l2_memory(direction, layer.operand_type == DType::kFloat32, choice.padded_hidden(),
+                choice.group, choice.rows);
+  return l2_groups(choice, layer.rows()) * memory.bytes();
+}
 
 cudaError_t run_forward(const PersistentForward& p, cudaStream_t stream) {
   switch (p.choice.kernel) {
@@ -17,6 +26,8 @@ cudaError_t run_forward(const PersistentForward& p, cudaStream_t stream) {
       return run_forward_wide_float(p, stream);
     case Kernel::kMany:
       return run_forward_many(p, stream);
+    case Kernel::kL2:
+      return run_forward_l2(p, stream);
   }
   __builtin_unreachable();
 }
@@ -35,6 +46,8 @@ cudaError_t run_backward(const PersistentBackward& p, cudaStream_t stream) {
       return run_backward_wide_float(p, stream);
     case Kernel::kMany:
       return run_backward_many(p, stream);
+    case Kernel::kL2:
+      return run_backward_l2(p, stream);
   }
   __builtin_unreachable();
 }

@@ -29,6 +29,7 @@ struct PersistentForward {
   // were rounded. If packed_bytes(choice.kernel) is not 0: pack_forward()'s result
   void* h;     // [B, T, D * H] output type, contiguous; written
   float* rho;  // [R, T] at true time, written; null without layer_norm
+  void* exchange;  // exchange_bytes()
   KernelChoice choice;
 };
 
@@ -65,6 +66,7 @@ struct PersistentBackward {
   void* dr;               // [R, count, 2H] operand type; may lie where the coefficients lie
   float* affine_partial;  // [affine_partials(R, count), 4H] or null: its rows add up to the
                           // gradients of ln_weight (first 2H) and ln_bias
+  void* exchange;         // exchange_bytes()
   KernelChoice choice;
 };
 
@@ -75,6 +77,9 @@ int64_t affine_partials(int64_t rows, int64_t count);
 
 // kWideFloat reads U in another form, of so many bytes, 16-byte aligned; 0: as it is.
 int64_t packed_bytes(Kernel kernel);
+// Memory through which the blocks of kL2 talk to each other, 128-byte aligned; 0: the kernel needs
+// none.
+int64_t exchange_bytes(const KernelChoice& choice, const Recurrence& layer, Direction direction);
 // From the centred [2H, H] matrix, and for the backward pass the norm's weight [2H] or null.
 cudaError_t pack_forward(const float* u, void* packed, int64_t hidden, cudaStream_t stream);
 cudaError_t pack_backward(const float* u, const float* ln_weight, void* packed, int64_t hidden,

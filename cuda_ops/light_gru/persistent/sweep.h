@@ -26,6 +26,11 @@ Tensor kernel_operand(Kernel kernel, const Tensor& u, Pack pack) {
   return packed;
 }
 
+// Memory for the messages of a pass.
+inline Tensor exchange_memory(const Inputs& in, const KernelChoice& choice, Direction direction) {
+  return new_empty(in.wx, {exchange_bytes(choice, in.recurrence(), direction)}, ScalarType::Byte);
+}
+
 inline Outputs persistent_forward(const Inputs& in, const KernelChoice& choice,
                                   cudaStream_t stream) {
   const int64_t R = in.rows(), T = in.time(), H = in.hidden();
@@ -35,11 +40,13 @@ inline Outputs persistent_forward(const Inputs& in, const KernelChoice& choice,
   const Tensor u = kernel_operand(
       choice.kernel, recurrent_operand(in, stream),
       [&](const float* centred, void* packed) { return pack_forward(centred, packed, H, stream); });
+  const Tensor exchange = exchange_memory(in, choice, Direction::kForward);
   PersistentForward p = {};
   p.layer = in.recurrence();
   p.u = u.const_data_ptr();
   p.h = h.mutable_data_ptr();
   p.rho = in.layer_norm ? rho.mutable_data_ptr<float>() : nullptr;
+  p.exchange = exchange.mutable_data_ptr();
   p.choice = choice;
   check_launch(run_forward(p, stream));
   return {h, rho};
@@ -107,6 +114,7 @@ inline Gradients persistent_backward(const Inputs& in, const Saved& saved, Needs
     const Tensor& dr = coefficients;  // written when those have been read, and smaller
     const Tensor m2 = ln ? buffer(R * chunk, fp32) : nothing();
     const Tensor affine = need_ln ? buffer(affine_partials(R, chunk) * 4 * H, fp32) : nothing();
+    const Tensor exchange = exchange_memory(in, choice, Direction::kBackward);
     auto front = [](Tensor t, int64_t rows, int64_t columns) {
       std::vector<int64_t> sizes{rows, columns};
       return torch::stable::view(torch::stable::narrow(t, 0, 0, rows * columns), sizes);
@@ -129,6 +137,7 @@ inline Gradients persistent_backward(const Inputs& in, const Saved& saved, Needs
     p.m2 = ln ? m2.mutable_data_ptr<float>() : nullptr;
     p.dr = dr.mutable_data_ptr();
     p.affine_partial = need_ln ? affine.mutable_data_ptr<float>() : nullptr;
+    p.exchange = exchange.mutable_data_ptr();
     p.choice = choice;
     for (int64_t end = T; end > 0; end -= chunk) {
       const int64_t begin = std::max<int64_t>(end - chunk, 0), count = end - begin, n = R * count;
