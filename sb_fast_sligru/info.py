@@ -35,11 +35,13 @@ def _code(device, properties):
 
 
 def _kernel(device, hidden, rows, dtype, direction):
-    choice = ops.choose_kernel(ops.gpu(device.index), hidden, rows, dtype, direction)
-    clusters = -(-rows // choice.rows)
+    gpu = ops.gpu(device.index)
+    choice = ops.choose_kernel(gpu, hidden, rows, dtype, direction)
+    waves = choice.waves(gpu, rows)
     return (
-        f"    {direction:<8} {choice.kernel}, {clusters} x {choice.cluster} blocks of "
-        f"{choice.units} units, up to {choice.rows} rows each ({choice.reason})"
+        f"    {direction:<8} {choice.kernel}, {choice.groups(rows)} x {choice.group} blocks of "
+        f"{choice.units} units, up to {choice.rows} rows each"
+        f"{f', in {waves} waves' if waves > 1 else ''} ({choice.reason})"
     )
 
 

@@ -11,7 +11,7 @@ from helpers import ROOT
 
 from sb_fast_sligru import ops
 
-H200 = ops.Gpu(90, True, True, True, 227 * 1024, 32, 15, 7)
+H200 = ops.Gpu(90, True, True, True, 227 * 1024, 132, 32, 15, 7)
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
@@ -81,7 +81,7 @@ def test_the_numbers_of_the_batch_and_of_the_drawing():
         r"`wide`: (\d+) clusters of (\d+) blocks, (\d+) rows each", CONTRIBUTING
     ).groups()
     choice = ops.choose_kernel(H200, 1024, 48, torch.bfloat16, "forward")
-    assert (choice.kernel, choice.cluster, choice.rows) == ("wide", int(blocks), int(rows))
+    assert (choice.kernel, choice.group, choice.rows) == ("wide", int(blocks), int(rows))
     assert int(clusters) * choice.rows == 48
     assert ops.choose_kernel(H200, 1024, 48, torch.bfloat16, "backward").kernel == "wide"
 
@@ -92,7 +92,7 @@ def test_the_numbers_of_the_batch_and_of_the_drawing():
     ).groups()
     hidden, rows, clusters, blocks, warps = map(int, numbers)
     choice = ops.choose_kernel(H200, hidden, rows, torch.bfloat16, "forward")
-    assert (choice.kernel, choice.cluster) == ("narrow", blocks)
+    assert (choice.kernel, choice.group) == ("narrow", blocks)
     assert clusters * choice.rows == rows and 8 * warps == choice.units
 
 

@@ -31,9 +31,15 @@ struct ClusterLaunch {
   ClusterLaunch& operator=(const ClusterLaunch&) = delete;
 };
 
-// With half of what the device offers to a block, on top of its static shared memory and what the
-// system takes, a block fills more than half of a multiprocessor.
-inline int exclusive_bytes(int shared_bytes) { return shared_bytes / 2; }
+// With half of what the current device offers to a block, on top of its static shared memory and what
+// the system takes, a block fills more than half of a multiprocessor. The device is asked, since
+// current_gpu() may tell of less.
+inline int exclusive_bytes() {
+  int device = 0, shared_bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return shared_bytes / 2;
+}
 
 template <class... Parameters>
 cudaError_t allow_clusters(void (*kernel)(Parameters...), int dynamic_bytes) {
@@ -70,12 +76,12 @@ struct ClusterKernel {
   // memory that they do, since otherwise two blocks may be put on one although others are idle,
   // and each then takes 1.17 times as long (H200, November 2026).
   cudaError_t run(int64_t clusters, const Params& params, cudaStream_t stream) const {
-    const Gpu& gpu = current_gpu();
-    const int exclusive = std::max(dynamic_bytes, exclusive_bytes(gpu.shared_bytes));
+    const int exclusive = std::max(dynamic_bytes, exclusive_bytes());
     if (const cudaError_t error = allow_clusters(kernel, exclusive); error != cudaSuccess)
       return error;
     ClusterLaunch launch(clusters, size, threads,
-                         clusters <= gpu.clusters(size) ? exclusive : dynamic_bytes, stream);
+                         clusters <= current_gpu().clusters(size) ? exclusive : dynamic_bytes,
+                         stream);
     return cudaLaunchKernelEx(&launch.config, kernel, params);
   }
 };

@@ -28,11 +28,16 @@ inline void check_launch(cudaError_t error) {
                   "sb_fast_sligru: a kernel did not launch: ", cudaGetErrorString(error));
 }
 
-// current_gpu(), or an error if the environment variable that limits it is no number.
+// An error if an environment variable that limits current_gpu() is not what is expected.
+inline void check_gpu_limits() {
+  const GpuLimits& limits = gpu_limits();
+  for (const GpuLimit& limit : {limits.cluster, limits.multiprocessors, limits.shared_kb})
+    STD_TORCH_CHECK(limit.value > 0, limit.variable, ": got \"", std::getenv(limit.variable),
+                    "\", expected a number from 1 to ", limit.largest);
+}
+
 inline const Gpu& checked_gpu() {
-  STD_TORCH_CHECK(largest_cluster() > 0, "SB_FAST_SLIGRU_MAX_CLUSTER: got \"",
-                  std::getenv("SB_FAST_SLIGRU_MAX_CLUSTER"), "\", expected a number from 1 to ",
-                  kLargestCluster);
+  check_gpu_limits();
   return current_gpu();
 }
 

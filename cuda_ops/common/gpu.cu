@@ -1,6 +1,7 @@
 // Asks the driver about the current device. No kernel of this file is ever launched.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
@@ -60,15 +61,18 @@ Gpu ask(int device) {
   Gpu gpu = {};
   gpu.capability = 10 * attribute_of(device, cudaDevAttrComputeCapabilityMajor) +
                    attribute_of(device, cudaDevAttrComputeCapabilityMinor);
-  gpu.shared_bytes = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  gpu.shared_bytes = std::min(attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                              1024 * gpu_limits().shared_kb.value);
+  gpu.multiprocessors = std::min(attribute_of(device, cudaDevAttrMultiProcessorCount),
+                                 gpu_limits().multiprocessors.value);
   gpu.has_tensor_code = gpu.capability >= 80 && has_body(tensor_probe);
   gpu.has_cluster_code = gpu.capability >= 90 && has_body(cluster_probe);
   gpu.has_warpgroup_code = gpu.has_cluster_code && has_body(warpgroup_probe);
   if (!gpu.has_cluster_code) return gpu;
   const auto clusters = [&](int size) {
-    return size > largest_cluster()
-               ? 0
-               : clusters_at_once(cluster_probe, size, exclusive_bytes(gpu.shared_bytes));
+    if (size > gpu_limits().cluster.value) return 0;
+    return std::min(clusters_at_once(cluster_probe, size, exclusive_bytes()),
+                    gpu.multiprocessors / size);
   };
   gpu.clusters_of_4 = clusters(4);
   gpu.clusters_of_8 = clusters(8);
@@ -76,19 +80,24 @@ Gpu ask(int device) {
   return gpu;
 }
 
+GpuLimit read_limit(const char* variable, int largest) {
+  const char* text = std::getenv(variable);
+  if (text == nullptr) return {variable, largest, largest};
+  const char* end = text + std::strlen(text);
+  int value = 0;
+  const auto [rest, error] = std::from_chars(text, end, value);
+  const bool valid = error == std::errc() && rest == end && value > 0 && value <= largest;
+  return {variable, largest, valid ? value : 0};
+}
+
 }  // namespace
 
-int largest_cluster() {
-  static const int answer = [] {
-    const char* text = std::getenv("SB_FAST_SLIGRU_MAX_CLUSTER");
-    if (text == nullptr) return kLargestCluster;
-    const char* end = text + std::strlen(text);
-    int value = 0;
-    const auto [rest, error] = std::from_chars(text, end, value);
-    const bool valid = error == std::errc() && rest == end && value <= kLargestCluster;
-    return valid && value > 0 ? value : 0;
-  }();
-  return answer;
+const GpuLimits& gpu_limits() {
+  // 1024 multiprocessors and 1024 KiB of each: more than any GPU has.
+  static const GpuLimits limits = {read_limit("SB_FAST_SLIGRU_MAX_CLUSTER", kLargestCluster),
+                                   read_limit("SB_FAST_SLIGRU_MAX_MULTIPROCESSORS", 1024),
+                                   read_limit("SB_FAST_SLIGRU_MAX_SHARED_KB", 1024)};
+  return limits;
 }
 
 const Gpu& current_gpu() {

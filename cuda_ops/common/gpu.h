@@ -11,6 +11,7 @@ struct Gpu {
   bool has_cluster_code;    // with thread-block clusters
   bool has_warpgroup_code;  // and with warpgroup products, which 9.0a alone has
   int shared_bytes;         // shared memory that a block may ask for
+  int multiprocessors;
   // Clusters of so many blocks that run at once, each block with a multiprocessor to itself; 0 if
   // the GPU has none of that size.
   int clusters_of_4, clusters_of_8, clusters_of_16;
@@ -20,10 +21,21 @@ struct Gpu {
   }
 };
 
-// Blocks of the largest cluster that kernels may use: kLargestCluster unless the environment
-// variable SB_FAST_SLIGRU_MAX_CLUSTER asks for fewer; 0 if its value is not a number from 1 to
-// that. Read once.
-int largest_cluster();
+// The most that current_gpu() tells of a property, by an environment variable: for trying on one GPU
+// what another would run. Read once.
+struct GpuLimit {
+  const char* variable;
+  int largest;  // that the variable may be
+  int value;    // `largest` if it is not set; 0 if it is not a number from 1 to that
+};
+
+struct GpuLimits {
+  GpuLimit cluster;          // blocks of the largest cluster, at most kLargestCluster
+  GpuLimit multiprocessors;  // also limits the clusters that run at once
+  GpuLimit shared_kb;        // KiB of shared memory that a block may ask for
+};
+
+const GpuLimits& gpu_limits();
 
 // The current device. The driver is asked once for each.
 const Gpu& current_gpu();

@@ -6,12 +6,14 @@
 namespace sb_fast_sligru {
 namespace {
 
-std::tuple<int64_t, bool, bool, bool, int64_t, int64_t, int64_t, int64_t> query_gpu(
+std::tuple<int64_t, bool, bool, bool, int64_t, int64_t, int64_t, int64_t, int64_t> query_gpu(
     int64_t device_index) {
+  check_gpu_limits();  // whether or not there is such a device
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device_index));
-  const Gpu& gpu = checked_gpu();
-  return {gpu.capability,   gpu.has_tensor_code, gpu.has_cluster_code, gpu.has_warpgroup_code,
-          gpu.shared_bytes, gpu.clusters_of_4,   gpu.clusters_of_8,    gpu.clusters_of_16};
+  const Gpu& gpu = current_gpu();
+  return {gpu.capability,         gpu.has_tensor_code, gpu.has_cluster_code,
+          gpu.has_warpgroup_code, gpu.shared_bytes,    gpu.multiprocessors,
+          gpu.clusters_of_4,      gpu.clusters_of_8,   gpu.clusters_of_16};
 }
 
 }  // namespace
@@ -21,7 +23,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sb_fast_sligru, m) {
   m.def(
       "gpu(int device_index) -> (int capability, bool has_tensor_code, bool has_cluster_code, bool "
       "has_warpgroup_code, "
-      "int shared_bytes, int clusters_of_4, int clusters_of_8, int clusters_of_16)");
+      "int shared_bytes, int multiprocessors, int clusters_of_4, int clusters_of_8, int "
+      "clusters_of_16)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sb_fast_sligru, CompositeExplicitAutograd, m) {

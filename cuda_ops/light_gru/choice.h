@@ -1,12 +1,15 @@
-// Which kernel runs a layer: the one table that decides it, for the launchers, for
+// Which kernel runs a layer: the tables that decide it, for the launchers, for
 // `python -m sb_fast_sligru.info` and for the tests. No CUDA headers: any GPU can be pretended.
 //
-// A kernel of the persistent backend keeps U on chip in a cluster of blocks that each own some
-// units, and a cluster serves some rows (sequences of the batch, times directions). To add a
-// family: an enumerator, its lines in kTable, its two launchers in persistent/launch.cu.
+// A kernel of the persistent backend keeps U on chip in a group of blocks that each own some units,
+// and a group serves some rows (sequences of the batch, times directions). Its blocks are a
+// thread-block cluster (kTable) or, where no such kernel can run, exchange through the L2 cache
+// (kL2Table). To add a family: an enumerator, its lines in kTable, its two launchers in
+// persistent/launch.cu.
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 
 #include "common/gpu.h"
 #include "common/types.h"
@@ -15,7 +18,7 @@ namespace sb_fast_sligru {
 
 enum class Direction { kForward, kBackward };
 
-enum class Kernel { kStepwise, kNarrow, kNarrowFloat, kWide, kWideFloat, kMany };
+enum class Kernel { kStepwise, kNarrow, kNarrowFloat, kWide, kWideFloat, kMany, kL2 };
 
 inline const char* name_of(Kernel kernel) {
   switch (kernel) {
@@ -31,20 +34,23 @@ inline const char* name_of(Kernel kernel) {
       return "wide_float";
     case Kernel::kMany:
       return "many";
+    case Kernel::kL2:
+      return "l2";
   }
   __builtin_unreachable();
 }
 
 struct KernelChoice {
   Kernel kernel;
-  int cluster;  // blocks; 0 for stepwise, as the next two
-  int units;    // of a block
-  int rows;     // that a cluster serves, at most
+  int group;  // blocks that share U: a thread-block cluster or, for kL2, blocks of a cooperative
+              // launch that exchange through the L2 cache; 0 for stepwise, as the next two
+  int units;  // of a block
+  int rows;   // that a group serves, at most
   const char* reason;
 
-  // Units that a cluster holds.
-  int padded_hidden() const { return cluster * units; }
-  int64_t clusters(int64_t all_rows) const { return ceil_div(all_rows, rows); }
+  // Units that a group holds.
+  int padded_hidden() const { return group * units; }
+  int64_t groups(int64_t all_rows) const { return ceil_div(all_rows, rows); }
 };
 
 // When a layer that fits a line of the table takes it.
@@ -76,7 +82,7 @@ struct KernelLine {
 };
 
 // In the order of preference. A layer fits the lines of its operands with the smallest
-// largest_hidden that holds it.
+// largest_hidden that holds it; so too in kL2Table.
 // clang-format off
 constexpr KernelLine kTable[] = {
     {Kernel::kNarrow, false, 128, 4, 32, 4, false, When::kAlways, "4 blocks hold U"},
@@ -100,6 +106,40 @@ constexpr KernelLine kTable[] = {
 // Shared memory of a block of the kernels for H > 512, at most: all that a block of 9.0 may have.
 constexpr int kWideSharedBytes = 227 * 1024;
 
+// kL2, whose blocks have a multiprocessor each.
+struct L2Line {
+  bool is_float;
+  int largest_hidden;
+  int units;
+  int kept_bytes;  // of U in a block's shared memory; the rest of it is in registers
+
+  int group(int64_t hidden) const { return static_cast<int>(ceil_div(hidden, units)); }
+};
+
+constexpr L2Line kL2Table[] = {{false, 1024, 32, 0},         {false, 2048, 32, 128 * 1024},
+                               {false, 2048, 16, 0},         {true, 512, 32, 0},
+                               {true, 1024, 32, 128 * 1024}, {true, 1024, 16, 0}};
+
+constexpr int kL2Rows = 16;  // that a group serves at most
+constexpr int kL2Warps = 8;  // of a block
+
+// Shared memory of a block for each row: the partial sums of its warps, in two buffers.
+constexpr int l2_row_bytes(int units) { return 2 * kL2Warps * (8 * units + 32); }
+
+// The largest_hidden of the lines that a layer fits; 0 if it fits none.
+template <class Line, std::size_t kLines>
+int size_for(const Line (&table)[kLines], int64_t hidden, bool is_float) {
+  for (const Line& line : table)
+    if (line.is_float == is_float && hidden <= line.largest_hidden) return line.largest_hidden;
+  return 0;
+}
+
+// `rows` spread evenly over the groups of their waves, in which `at_once` groups of up to `most` rows
+// run.
+inline int spread_rows(int64_t rows, int64_t at_once, int most) {
+  return static_cast<int>(ceil_div(rows, at_once * ceil_div(rows, at_once * most)));
+}
+
 inline bool can_run(const KernelLine& line, const Gpu& gpu) {
   const bool is_wide = line.units * line.cluster > 512;
   return gpu.clusters(line.cluster) > 0 && (!is_wide || gpu.shared_bytes >= kWideSharedBytes) &&
@@ -107,9 +147,7 @@ inline bool can_run(const KernelLine& line, const Gpu& gpu) {
 }
 
 inline int rows_of_cluster(const KernelLine& line, int64_t rows, const Gpu& gpu) {
-  if (!line.spreads) return line.rows;
-  const int64_t at_once = gpu.clusters(line.cluster), waves = ceil_div(rows, at_once * line.rows);
-  return static_cast<int>(ceil_div(rows, at_once * waves));
+  return line.spreads ? spread_rows(rows, gpu.clusters(line.cluster), line.rows) : line.rows;
 }
 
 inline float microseconds(const KernelLine& line, int64_t rows, Direction direction,
@@ -120,41 +158,70 @@ inline float microseconds(const KernelLine& line, int64_t rows, Direction direct
   return waves * (time.base + time.row * each);
 }
 
-// The kernel for a layer of `rows` rows, 1 or more. If it is stepwise, the reason says why no other.
+inline KernelChoice refuse(const char* reason) { return {Kernel::kStepwise, 0, 0, 0, reason}; }
+
+// `reason`: why no kernel of kTable runs.
+inline KernelChoice choose_l2(int64_t hidden, int64_t rows, DType operand_type, const Gpu& gpu,
+                              const char* reason) {
+  if (gpu.capability < 75) return refuse("the GPU is older than compute capability 7.5");
+  if (operand_type == DType::kBFloat16 && !gpu.has_tensor_code)
+    return refuse("bfloat16 needs compute capability 8.0 or newer, and code for it in the library");
+  const bool is_float = operand_type == DType::kFloat32;
+  const int size = size_for(kL2Table, hidden, is_float);
+  const char* obstacle = "";
+  for (const L2Line& line : kL2Table) {
+    if (line.is_float != is_float || line.largest_hidden != size) continue;
+    const int group = line.group(hidden), at_once = gpu.multiprocessors / group;
+    const int most =
+        std::min(kL2Rows, (gpu.shared_bytes - line.kept_bytes) / l2_row_bytes(line.units));
+    if (at_once > 0 && most > 0)
+      return {Kernel::kL2, group, line.units, spread_rows(rows, at_once, most), reason};
+    obstacle = at_once == 0
+                   ? "the GPU, or SB_FAST_SLIGRU_MAX_MULTIPROCESSORS or "
+                     "SB_FAST_SLIGRU_MAX_SHARED_KB, has too few multiprocessors, or too little "
+                     "shared memory in them, for the blocks that hold the recurrent weight"
+                   : "the GPU, or SB_FAST_SLIGRU_MAX_SHARED_KB, has too little shared memory";
+  }
+  return refuse(obstacle);
+}
+
+// The kernel for a layer of `rows` rows, 1 or more. If it is stepwise, the reason says why no other;
+// if kL2, why no other but that.
 inline KernelChoice choose(int64_t hidden, int64_t rows, DType operand_type, Direction direction,
                            const Gpu& gpu) {
-  const auto stepwise = [](const char* reason) {
-    return KernelChoice{Kernel::kStepwise, 0, 0, 0, reason};
-  };
   if (operand_type == DType::kFloat64)
-    return stepwise("the persistent kernels take float32, bfloat16 and float16 operands only");
+    return refuse("the persistent kernels take float32, bfloat16 and float16 operands only");
   if (hidden < 16 || hidden % 8 != 0)
-    return stepwise("the hidden size is not a multiple of 8 from 16 on");
-  if (hidden > 1024)
-    return stepwise("the hidden size is above 1024: the recurrent weight does not fit on chip");
-  if (gpu.capability < 90)
-    return stepwise(
-        "the GPU is older than compute capability 9.0, which has thread-block clusters");
-  if (!gpu.has_cluster_code)
-    return stepwise("the library was built without code for 9.0a or the GPU's own architecture");
+    return refuse("the hidden size is not a multiple of 8 from 16 on");
+  if (hidden > 2048)
+    return refuse("the hidden size is above 2048: the recurrent weight does not fit on chip");
+  const bool is_float = operand_type == DType::kFloat32;
+  if (is_float && hidden > 1024)
+    return refuse(
+        "the hidden size is above 1024: the recurrent weight in float32 does not fit on chip");
 
-  int fitting = 0;
+  const auto l2 = [&](const char* reason) {
+    return choose_l2(hidden, rows, operand_type, gpu, reason);
+  };
+  const int size = size_for(kTable, hidden, is_float);
+  if (size == 0) return l2("H above 1024: the blocks exchange through the L2 cache");
+  if (gpu.capability < 90)
+    return l2("no thread-block clusters on this GPU: the blocks exchange through the L2 cache");
+  if (!gpu.has_cluster_code)
+    return l2(
+        "library without cluster code, for 9.0a or the GPU's own architecture: the blocks exchange "
+        "through the L2 cache");
   for (const KernelLine& line : kTable) {
-    const bool fits = line.is_float == (operand_type == DType::kFloat32) &&
-                      hidden <= line.largest_hidden &&
-                      (fitting == 0 || line.largest_hidden == fitting);
-    if (!fits) continue;
-    fitting = line.largest_hidden;
-    if (!can_run(line, gpu)) continue;
+    if (line.is_float != is_float || line.largest_hidden != size || !can_run(line, gpu)) continue;
     if (line.when == When::kInOneWave && rows > line.rows * gpu.clusters(line.cluster)) continue;
     if (line.when == When::kIfFaster && microseconds(line, rows, direction, gpu) >=
                                             microseconds(*(&line + 1), rows, direction, gpu))
       continue;
     return {line.kernel, line.cluster, line.units, rows_of_cluster(line, rows, gpu), line.reason};
   }
-  return stepwise(
-      "the GPU, or SB_FAST_SLIGRU_MAX_CLUSTER, does not allow thread-block clusters of the size "
-      "needed");
+  return l2(
+      "no clusters of the size needed, by the GPU or SB_FAST_SLIGRU_MAX_CLUSTER: the blocks "
+      "exchange through the L2 cache");
 }
 
 }  // namespace sb_fast_sligru

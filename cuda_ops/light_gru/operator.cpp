@@ -67,19 +67,20 @@ struct Cpu {
 std::tuple<std::string, int64_t, int64_t, int64_t, std::string> light_gru_kernel(
     int64_t hidden, int64_t rows, ScalarType operand_dtype, bool backward, int64_t capability,
     bool has_tensor_code, bool has_cluster_code, bool has_warpgroup_code, int64_t shared_bytes,
-    int64_t clusters_of_4, int64_t clusters_of_8, int64_t clusters_of_16) {
+    int64_t multiprocessors, int64_t clusters_of_4, int64_t clusters_of_8, int64_t clusters_of_16) {
   Gpu gpu = {};
   gpu.capability = static_cast<int>(capability);
   gpu.has_tensor_code = has_tensor_code;
   gpu.has_cluster_code = has_cluster_code;
   gpu.has_warpgroup_code = has_warpgroup_code;
   gpu.shared_bytes = static_cast<int>(shared_bytes);
+  gpu.multiprocessors = static_cast<int>(multiprocessors);
   gpu.clusters_of_4 = static_cast<int>(clusters_of_4);
   gpu.clusters_of_8 = static_cast<int>(clusters_of_8);
   gpu.clusters_of_16 = static_cast<int>(clusters_of_16);
   const KernelChoice choice = choose(hidden, std::max<int64_t>(rows, 1), dtype_of(operand_dtype),
                                      backward ? Direction::kBackward : Direction::kForward, gpu);
-  return {name_of(choice.kernel), choice.cluster, choice.units, choice.rows, choice.reason};
+  return {name_of(choice.kernel), choice.group, choice.units, choice.rows, choice.reason};
 }
 
 }  // namespace
@@ -100,9 +101,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sb_fast_sligru, m) {
   m.def(
       "light_gru_kernel(int hidden, int rows, ScalarType operand_dtype, bool backward, "
       "int capability, bool has_tensor_code, bool has_cluster_code, bool has_warpgroup_code, int "
-      "shared_bytes, "
+      "shared_bytes, int multiprocessors, "
       "int clusters_of_4, int clusters_of_8, int clusters_of_16) "
-      "-> (str kernel, int cluster, int units, int rows, str reason)");
+      "-> (str kernel, int group, int units, int rows, str reason)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sb_fast_sligru, CPU, m) {

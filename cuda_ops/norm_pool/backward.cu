@@ -5,6 +5,7 @@
 // over a block's frames stay with it and leave the block once, at the end; no atomics, and the order
 // of additions is fixed. In a window of several values the first largest is found before its
 // frames' turn, for which those are read twice, the second time from a cache.
+#include "common/gpu.h"
 #include "norm_pool/frame.cuh"
 
 namespace sb_fast_sligru::norm_pool::cuda {
@@ -258,12 +259,11 @@ Layout layout_of(const NormPool& d) {
 // As many blocks as run at once.
 int64_t backward_parts(const NormPool& layer) {
   const Layout layout = layout_of(layer);
-  int device = 0, multiprocessors = 0, blocks = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  int blocks = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel_for(layer, layout),
                                                       layout.threads(), layout.shared_bytes()));
-  return std::min<int64_t>(layer.groups(), int64_t{multiprocessors} * std::max(blocks, 1));
+  return std::min<int64_t>(layer.groups(),
+                           int64_t{current_gpu().multiprocessors} * std::max(blocks, 1));
 }
 
 void backward(const Backward& p, void* stream) {

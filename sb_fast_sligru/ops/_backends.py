@@ -210,6 +210,7 @@ class Gpu(NamedTuple):
     """The library holds code with warpgroup products for it, which 9.0a alone has."""
     shared_bytes: int
     """Shared memory that a block may have."""
+    multiprocessors: int
     clusters_of_4: int
     """Clusters of 4 blocks that run at once, each block with a multiprocessor to itself."""
     clusters_of_8: int
@@ -220,6 +221,10 @@ class Gpu(NamedTuple):
 def gpu(device_index):
     """The properties of a CUDA device, as a `Gpu`; the driver is asked once.
 
+    For trying what another GPU would run, environment variables limit what is told: the blocks of a
+    cluster SB_FAST_SLIGRU_MAX_CLUSTER, the multiprocessors SB_FAST_SLIGRU_MAX_MULTIPROCESSORS, the
+    KiB of shared memory that a block may have SB_FAST_SLIGRU_MAX_SHARED_KB.
+
     Arguments
     ---------
     device_index : int
@@ -227,7 +232,7 @@ def gpu(device_index):
     Raises
     ------
     RuntimeError
-        If the environment variable SB_FAST_SLIGRU_MAX_CLUSTER is not a number from 1 to 16.
+        If one of those variables is not a number from 1 to 16, 1024 and 1024.
     """
     return Gpu(*torch.ops.sb_fast_sligru.gpu(device_index))
 

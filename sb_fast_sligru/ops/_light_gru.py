@@ -95,19 +95,32 @@ class Choice(NamedTuple):
 
     kernel: str
     """"stepwise", or a family of the persistent backend, named as its files are."""
-    cluster: int
-    """Blocks of a cluster; for "stepwise" 0, as the next two."""
+    group: int
+    """Blocks that share U: a thread-block cluster or, for "l2", blocks of a cooperative launch that
+    exchange through the L2 cache. For "stepwise" 0, as the next two."""
     units: int
     """Hidden units of a block."""
     rows: int
-    """Rows (sequences of the batch, times directions) that a cluster serves, at most."""
+    """Rows (sequences of the batch, times directions) that a group serves, at most."""
     reason: str
+
+    def groups(self, rows):
+        """Groups that serve so many rows."""
+        return -(-rows // self.rows)
+
+    def waves(self, device, rows):
+        """How many times a `Gpu` is filled with groups until all rows are served."""
+        if self.kernel == "l2":
+            at_once = device.multiprocessors // self.group
+        else:
+            at_once = getattr(device, f"clusters_of_{self.group}")
+        return -(-self.groups(rows) // at_once)
 
 
 def choose_kernel(device, hidden, rows, operand_dtype, direction):
     """The kernel that a pass of a layer runs on a GPU, unless a backend is forced.
 
-    The table is cuda_ops/light_gru/choice.h's; the launchers read the same.
+    The tables are cuda_ops/light_gru/choice.h's; the launchers read the same.
 
     Arguments
     ---------
@@ -132,9 +145,9 @@ def choose_kernel(device, hidden, rows, operand_dtype, direction):
 
     Example
     -------
-    >>> a100 = Gpu(80, True, False, False, 163 * 1024, 0, 0, 0)
+    >>> a100 = Gpu(80, True, False, False, 163 * 1024, 108, 0, 0, 0)
     >>> choose_kernel(a100, 512, 16, torch.float16, "forward").kernel
-    'stepwise'
+    'l2'
     """
     if direction not in ("forward", "backward"):
         raise ValueError(f"direction: got {direction!r}, expected 'forward' or 'backward'")

@@ -745,9 +745,9 @@ def test_the_operator_itself_checks_its_arguments(changed, message):
 
 
 RECIPE = torch.float32, 10, 201
-H200 = ops.Gpu(90, True, True, True, 227 * 1024, 32, 15, 7)
-A100 = ops.Gpu(80, True, False, False, 163 * 1024, 0, 0, 0)
-TURING = ops.Gpu(75, False, False, False, 64 * 1024, 0, 0, 0)
+H200 = ops.Gpu(90, True, True, True, 227 * 1024, 132, 32, 15, 7)
+A100 = ops.Gpu(80, True, False, False, 163 * 1024, 108, 0, 0, 0)
+TURING = ops.Gpu(75, False, False, False, 64 * 1024, 40, 0, 0, 0)
 
 
 def test_backend_choice():

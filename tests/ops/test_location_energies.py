@@ -252,7 +252,7 @@ def test_backend_choice(monkeypatch):
 
     monkeypatch.setattr(_library, "cuda_error", None)
     monkeypatch.setattr(_backends, "_query_missing_code", lambda device: "")
-    properties = _backends.Gpu(75, False, False, False, 65536, 0, 0, 0)
+    properties = _backends.Gpu(75, False, False, False, 65536, 40, 0, 0, 0)
     energies = ops._location_energies
     monkeypatch.setattr(energies, "gpu", lambda index: properties)
     name, why = choose("cuda:0")

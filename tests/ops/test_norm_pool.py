@@ -580,7 +580,7 @@ def test_backend_choice(monkeypatch):
     monkeypatch.setattr(_library, "cuda_error", None)
     monkeypatch.setattr(_backends, "_query_missing_code", lambda device: "")
     monkeypatch.setattr(ops._norm_pool, "gpu", lambda index: a100)
-    a100 = ops.Gpu(80, True, False, False, 163 * 1024, 0, 0, 0)
+    a100 = ops.Gpu(80, True, False, False, 163 * 1024, 108, 0, 0, 0)
     assert ops.choose_norm_pool_backend("cuda:0", *sizes) == ("cuda", "the fastest")
     for name in ("stepwise", "persistent"):
         with backend(name):

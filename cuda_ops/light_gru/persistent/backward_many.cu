@@ -470,7 +470,7 @@ cudaError_t launch(const PersistentBackward& p, cudaStream_t stream) {
       p.layer.layer_norm ? backward_many_kernel<T, true> : backward_many_kernel<T, false>;
   const int bytes = p.layer.layer_norm ? sizeof(Shared<true>) : sizeof(Shared<false>);
   const ClusterKernel<PersistentBackward> in_clusters = {kernel, kWideCluster, kWideThreads, bytes};
-  return in_clusters.run(p.choice.clusters(p.layer.rows()), p, stream);
+  return in_clusters.run(p.choice.groups(p.layer.rows()), p, stream);
 }
 
 }  // namespace

@@ -483,13 +483,13 @@ cudaError_t launch(const PersistentBackward& p, cudaStream_t stream) {
   const auto kernel = p.layer.layer_norm ? backward_narrow_float_kernel<kCluster, true>
                                          : backward_narrow_float_kernel<kCluster, false>;
   const ClusterKernel<PersistentBackward> in_clusters = {kernel, kCluster, kFloatThreads};
-  return in_clusters.run(p.choice.clusters(p.layer.rows()), p, stream);
+  return in_clusters.run(p.choice.groups(p.layer.rows()), p, stream);
 }
 
 }  // namespace
 
 cudaError_t run_backward_narrow_float(const PersistentBackward& p, cudaStream_t stream) {
-  switch (p.choice.cluster) {
+  switch (p.choice.group) {
     case 4:
       return launch<4>(p, stream);
     case 8:

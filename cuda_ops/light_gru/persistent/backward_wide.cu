@@ -498,7 +498,7 @@ cudaError_t launch(const PersistentBackward& p, cudaStream_t stream) {
   static_assert(sizeof(Shared<kLayerNorm>) <= kWideSharedBytes);
   constexpr ClusterKernel<PersistentBackward> kKernel = {
       backward_wide_kernel<T, kLayerNorm>, kWideCluster, kWideThreads, sizeof(Shared<kLayerNorm>)};
-  return kKernel.run(p.choice.clusters(p.layer.rows()), p, stream);
+  return kKernel.run(p.choice.groups(p.layer.rows()), p, stream);
 }
 
 template <class T>

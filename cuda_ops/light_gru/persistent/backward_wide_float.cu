@@ -396,7 +396,7 @@ cudaError_t launch(const PersistentBackward& p, cudaStream_t stream) {
   static_assert(sizeof(Shared) <= kWideSharedBytes);
   constexpr ClusterKernel<PersistentBackward> kKernel = {
       backward_wide_float_kernel<kLayerNorm>, kWideCluster, kWideThreads, sizeof(Shared)};
-  return kKernel.run(p.choice.clusters(p.layer.rows()), p, stream);
+  return kKernel.run(p.choice.groups(p.layer.rows()), p, stream);
 }
 
 }  // namespace

@@ -352,7 +352,7 @@ cudaError_t launch(const PersistentForward& p, cudaStream_t stream) {
       p.layer.layer_norm ? forward_many_kernel<T, true> : forward_many_kernel<T, false>;
   const int bytes = sizeof(Shared);
   const ClusterKernel<PersistentForward> in_clusters = {kernel, kWideCluster, kWideThreads, bytes};
-  return in_clusters.run(p.choice.clusters(p.layer.rows()), p, stream);
+  return in_clusters.run(p.choice.groups(p.layer.rows()), p, stream);
 }
 
 }  // namespace

@@ -322,13 +322,13 @@ cudaError_t launch(const PersistentForward& p, cudaStream_t stream) {
   const auto kernel = p.layer.layer_norm ? forward_narrow_kernel<T, kCluster, kUnits, true>
                                          : forward_narrow_kernel<T, kCluster, kUnits, false>;
   const ClusterKernel<PersistentForward> in_clusters = {kernel, kCluster, kThreads<kUnits>};
-  return in_clusters.run(p.choice.clusters(p.layer.rows()), p, stream);
+  return in_clusters.run(p.choice.groups(p.layer.rows()), p, stream);
 }
 
 template <class T>
 cudaError_t launch(const PersistentForward& p, cudaStream_t stream) {
   if (p.choice.units == 2 * kBlockUnits) return launch<T, 8, 2 * kBlockUnits>(p, stream);
-  switch (p.choice.cluster) {
+  switch (p.choice.group) {
     case 4:
       return launch<T, 4, kBlockUnits>(p, stream);
     case 8:

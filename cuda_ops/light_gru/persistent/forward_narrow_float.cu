@@ -440,13 +440,13 @@ cudaError_t launch(const PersistentForward& p, cudaStream_t stream) {
   const auto kernel = p.layer.layer_norm ? forward_narrow_float_kernel<kCluster, true>
                                          : forward_narrow_float_kernel<kCluster, false>;
   const ClusterKernel<PersistentForward> in_clusters = {kernel, kCluster, kFloatThreads};
-  return in_clusters.run(p.choice.clusters(p.layer.rows()), p, stream);
+  return in_clusters.run(p.choice.groups(p.layer.rows()), p, stream);
 }
 
 }  // namespace
 
 cudaError_t run_forward_narrow_float(const PersistentForward& p, cudaStream_t stream) {
-  switch (p.choice.cluster) {
+  switch (p.choice.group) {
     case 4:
       return launch<4>(p, stream);
     case 8:

@@ -437,7 +437,7 @@ cudaError_t launch(const PersistentForward& p, cudaStream_t stream) {
   constexpr ClusterKernel<PersistentForward> kKernel = {forward_wide_kernel<T, kLayerNorm, kPlain>,
                                                         kWideCluster, kWideThreads,
                                                         sizeof(Shared<Geometry<kLayerNorm>>)};
-  return kKernel.run(p.choice.clusters(p.layer.rows()), p, stream);
+  return kKernel.run(p.choice.groups(p.layer.rows()), p, stream);
 }
 
 template <class T>

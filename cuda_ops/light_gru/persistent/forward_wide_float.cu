@@ -344,7 +344,7 @@ cudaError_t launch(const PersistentForward& p, cudaStream_t stream) {
   constexpr ClusterKernel<PersistentForward> kKernel = {
       forward_wide_float_kernel<Place, kLayerNorm>, kWideCluster, kWideThreads,
       sizeof(Shared<Geometry<Place, kLayerNorm>>)};
-  return kKernel.run(p.choice.clusters(p.layer.rows()), p, stream);
+  return kKernel.run(p.choice.groups(p.layer.rows()), p, stream);
 }
 
 }  // namespace
