@@ -1,5 +1,6 @@
 """What CONTRIBUTING.md and cuda_ops/README.md say of folders, files, tests and kernels is so."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -113,3 +114,27 @@ def test_the_table_of_kernels_is_that_of_the_library():
     for *key, rows in taken:
         most[tuple(key)] = max(rows, most.get(tuple(key), 0))
     assert said == {(*key, rows) for key, rows in most.items()}
+
+
+def test_the_table_of_kernels_without_clusters_is_that_of_the_library():
+    """With as much shared memory as an H200 has, and with as little as an RTX 3090."""
+    readme = (ROOT / "cuda_ops/README.md").read_text(encoding="utf-8")
+    lines = re.findall(
+        r"^\| `l2` \| (16-bit|float32) \| to (\d+) \| H / (\d+) \| (\d+) \| (\d+) \| (.+) \|$",
+        readme,
+        re.M,
+    )
+    assert all(divisor == units for _, _, divisor, units, *_ in lines)
+    said = {(kind, *map(int, (hidden, units, rows))) for kind, hidden, _, units, rows, _ in lines}
+    taken = set()
+    for kind, dtype, sizes in (
+        ("16-bit", torch.bfloat16, (1024, 2048)),
+        ("float32", torch.float32, (512, 1024)),
+    ):
+        for hidden, kilobytes in itertools.product(sizes, (227, 99)):
+            gpu = H200._replace(has_cluster_code=False, shared_bytes=1024 * kilobytes)
+            choice = ops.choose_kernel(gpu, hidden, 1000, dtype, "forward")
+            assert choice.kernel == "l2" and choice.group == hidden // choice.units
+            # Of 132 multiprocessors one wave serves 16 rows a group; 1000 rows fill it.
+            taken.add((kind, hidden, choice.units, choice.rows))
+    assert said == taken

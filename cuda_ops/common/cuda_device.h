@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdlib>
+#include <initializer_list>
 
 #include "common/gpu.h"
 #include "common/tensors.h"

@@ -42,8 +42,8 @@ def backend(name):
     ---------
     name : str
         "reference" (PyTorch loop: any device, differentiable any number of times, forwards too),
-        "cpu" (compiled, CPU tensors), "stepwise" (CUDA: the time loop in C++), "persistent" (CUDA,
-        sm_90 and newer: the whole sequence in one kernel) or "auto".
+        "cpu" (compiled, CPU tensors), "stepwise" (CUDA: the time loop in C++), "persistent" (CUDA:
+        the whole sequence in one kernel) or "auto".
 
     It holds in this thread or asyncio task and in tasks that it starts, not in other threads. A
     backward pass is that of its forward pass, wherever it runs. torch's checkpointing runs the

@@ -1,4 +1,4 @@
-"""The table that chooses kernels, asked for GPUs that are pretended, and on one that is there.
+"""The tables that choose kernels, asked for GPUs that are pretended, and on one that is there.
 
 Its rules are in cuda_ops/light_gru/choice.h.
 """
@@ -13,11 +13,11 @@ from collections import namedtuple
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, run_limited
 
 from sb_fast_sligru import _library, info, ops
+from sb_fast_sligru.cards import CARDS
 from sb_fast_sligru.ops import (
-    Gpu,
     _attention_decoder,
     _backends,
     _light_gru,
@@ -25,25 +25,21 @@ from sb_fast_sligru.ops import (
     _norm_pool,
 )
 
-H200 = Gpu(
-    capability=90,
-    has_tensor_code=True,
-    has_cluster_code=True,
-    has_warpgroup_code=True,
-    shared_bytes=227 * 1024,
-    clusters_of_4=32,
-    clusters_of_8=15,
-    clusters_of_16=7,
+T4, A100, RTX3090, RTX4090, H200, B200, RTX5090 = (
+    CARDS[name] for name in ("T4", "A100", "RTX 3090", "RTX 4090", "H200", "B200", "RTX 5090")
 )
-B200 = H200._replace(capability=100, has_warpgroup_code=False)
-RTX5090 = B200._replace(capability=120, shared_bytes=99 * 1024, clusters_of_16=0)
-A100 = Gpu(80, True, False, False, 163 * 1024, 0, 0, 0)
-WITHOUT_9_0A = Gpu(90, True, False, False, 227 * 1024, 0, 0, 0)
+WITHOUT_9_0A = H200._replace(
+    has_cluster_code=False,
+    has_warpgroup_code=False,
+    clusters_of_4=0,
+    clusters_of_8=0,
+    clusters_of_16=0,
+)
 BF16, HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
 @pytest.mark.parametrize(
-    "gpu, dtype, hidden, rows, kernel, cluster, units, cluster_rows",
+    "gpu, dtype, hidden, rows, kernel, group, units, group_rows",
     [
         (H200, BF16, 16, 1, "narrow", 4, 32, 4),
         (H200, BF16, 128, 500, "narrow", 4, 32, 4),
@@ -65,10 +61,66 @@ BF16, HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.
     ],
     ids=str,
 )
-def test_entries(gpu, dtype, hidden, rows, kernel, cluster, units, cluster_rows):
+def test_entries(gpu, dtype, hidden, rows, kernel, group, units, group_rows):
     choice = ops.choose_kernel(gpu, hidden, rows, dtype, "forward")
-    assert choice[:4] == (kernel, cluster, units, cluster_rows)
+    assert choice[:4] == (kernel, group, units, group_rows)
     assert choice.reason
+
+
+@pytest.mark.parametrize(
+    "gpu, dtype, hidden, rows, group, units, group_rows, waves",
+    [
+        (A100, BF16, 16, 1, 1, 32, 1, 1),
+        (A100, BF16, 264, 16, 9, 32, 2, 1),
+        (A100, HALF, 512, 240, 16, 32, 14, 3),
+        (A100, BF16, 520, 17, 17, 32, 3, 1),
+        (A100, BF16, 1000, 16, 32, 32, 6, 1),
+        # 128 KB of weights leave 35 KB of shared memory, for 7 rows.
+        (A100, BF16, 1032, 1, 33, 32, 1, 1),
+        (A100, BF16, 2048, 240, 64, 32, 7, 35),
+        (A100, FLOAT, 520, 17, 17, 32, 3, 1),
+        (A100, FLOAT, 1000, 240, 32, 32, 7, 12),
+        (RTX3090, FLOAT, 512, 16, 16, 32, 4, 1),
+        (RTX3090, BF16, 1000, 17, 32, 32, 9, 1),
+        (RTX3090, FLOAT, 1000, 17, 63, 16, 9, 2),
+        (T4, FLOAT, 264, 1, 9, 32, 1, 1),
+        (T4, HALF, 512, 240, 16, 32, 14, 9),
+        (T4, HALF, 1000, 16, 32, 32, 8, 2),
+        (T4, FLOAT, 520, 16, 33, 16, 16, 1),
+        (RTX4090, BF16, 1032, 16, 65, 16, 16, 1),
+        (RTX4090, BF16, 2048, 17, 128, 16, 9, 2),
+        (RTX5090, FLOAT, 512, 16, 16, 32, 2, 1),
+        (RTX5090, BF16, 1024, 240, 32, 32, 16, 3),
+        (RTX5090, HALF, 2048, 240, 128, 16, 16, 15),
+        (WITHOUT_9_0A, BF16, 512, 17, 16, 32, 3, 1),
+        (WITHOUT_9_0A, FLOAT, 1000, 240, 32, 32, 15, 4),
+        (H200, HALF, 1032, 1, 33, 32, 1, 1),
+        (H200, BF16, 2048, 48, 64, 32, 12, 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_entries_of_l2(gpu, dtype, hidden, rows, group, units, group_rows, waves, direction):
+    choice = ops.choose_kernel(gpu, hidden, rows, dtype, direction)
+    assert choice[:4] == ("l2", group, units, group_rows)
+    assert choice.waves(gpu, rows) == waves
+
+
+@pytest.mark.parametrize(
+    "gpu, hidden, reason",
+    [
+        (A100, 512, "no thread-block clusters on this GPU"),
+        (WITHOUT_9_0A, 512, "library without cluster code"),
+        (RTX5090, 1024, "no clusters of the size needed"),
+        (H200, 1032, "H above 1024"),
+        (A100, 1032, "H above 1024"),
+    ],
+    ids=str,
+)
+def test_why_no_kernel_with_clusters_runs(gpu, hidden, reason):
+    choice = ops.choose_kernel(gpu, hidden, 16, BF16, "forward")
+    assert choice.kernel == "l2"
+    assert reason in choice.reason and "the blocks exchange through the L2 cache" in choice.reason
 
 
 @pytest.mark.parametrize("rows, forward, backward", [(112, "wide", "wide"), (168, "many", "wide")])
@@ -83,11 +135,15 @@ def test_the_passes_differ_in_when_many_rows_pay(rows, forward, backward):
         (H200, DOUBLE, 512, "float32, bfloat16 and float16 operands only"),
         (H200, BF16, 12, "not a multiple of 8"),
         (H200, BF16, 8, "from 16 on"),
-        (H200, BF16, 1032, "above 1024"),
-        (A100, BF16, 512, "older than compute capability 9.0"),
-        (WITHOUT_9_0A, BF16, 512, "built without code for 9.0a"),
-        (RTX5090, FLOAT, 512, "thread-block clusters of the size needed"),
-        (RTX5090, BF16, 1024, "thread-block clusters of the size needed"),
+        (H200, BF16, 2056, "above 2048"),
+        (H200, FLOAT, 1032, "above 1024: the recurrent weight in float32"),
+        (H200._replace(capability=70), HALF, 2048, "older than compute capability 7.5"),
+        (T4, BF16, 512, "bfloat16 needs compute capability 8.0"),
+        (A100._replace(has_tensor_code=False), BF16, 512, "and code for it in the library"),
+        (RTX3090, HALF, 2048, "SB_FAST_SLIGRU_MAX_MULTIPROCESSORS"),
+        (T4, FLOAT, 1024, "SB_FAST_SLIGRU_MAX_SHARED_KB, has too few multiprocessors"),
+        (A100._replace(multiprocessors=15), BF16, 512, "has too few multiprocessors"),
+        (A100._replace(shared_bytes=4096), HALF, 512, "has too little shared memory"),
     ],
     ids=str,
 )
@@ -98,21 +154,42 @@ def test_what_no_persistent_kernel_takes(gpu, dtype, hidden, reason):
         assert reason in choice.reason
 
 
-def test_every_choice_holds_the_layer():
-    gpus = (H200, B200, RTX5090)
-    hidden_sizes, row_counts = range(16, 1025, 8), (1, 5, 28, 29, 57, 240, 281)
-    for gpu, hidden, rows, dtype, direction in itertools.product(
-        gpus, hidden_sizes, row_counts, (BF16, FLOAT), ("forward", "backward")
+def most_rows_of_l2(gpu, hidden, dtype, units):
+    """Rows of a group of blocks of so many units: 0 if the GPU has no room for one."""
+    weights = 2 * units * hidden * dtype.itemsize
+    shared = 0 if weights <= 128 * 1024 else 128 * 1024  # beside 128 KB of registers
+    # Blocks of 16 units are for GPUs without so much shared memory.
+    fits = weights - shared <= 128 * 1024 and (units == 32 or shared == 0)
+    partial_sums = 2 * 8 * (2 * units * 4 + 32)  # of a row: two buffers, eight warps
+    most = min(16, (gpu.shared_bytes - shared) // partial_sums)
+    return max(0, most) if fits and -(-hidden // units) <= gpu.multiprocessors else 0
+
+
+@pytest.mark.parametrize("gpu", [*{*CARDS.values(), WITHOUT_9_0A}], ids=str)
+def test_every_choice_holds_the_layer(gpu):
+    low = BF16 if gpu.has_tensor_code else HALF
+    hidden_sizes, row_counts = range(16, 2049, 8), (1, 5, 28, 29, 57, 240, 281)
+    for hidden, rows, dtype, direction in itertools.product(
+        hidden_sizes, row_counts, (low, FLOAT), ("forward", "backward")
     ):
         choice = ops.choose_kernel(gpu, hidden, rows, dtype, direction)
-        kernel, cluster, units, cluster_rows, _ = choice
+        kernel, group, units, group_rows, _ = choice
         if kernel == "stepwise":
-            assert gpu is RTX5090 and hidden > 256
+            assert not any(most_rows_of_l2(gpu, hidden, dtype, each) for each in (32, 16))
             continue
-        padded = cluster * units
-        assert hidden <= padded and (padded == 128 or 2 * hidden > padded)
-        assert getattr(gpu, f"clusters_of_{cluster}") > 0
-        assert 1 <= cluster_rows <= {"wide": 8, "wide_float": 8, "many": 40}.get(kernel, 4)
+        padded = group * units
+        if kernel == "l2":
+            assert hidden <= padded < hidden + units
+            most, at_once = most_rows_of_l2(gpu, hidden, dtype, units), gpu.multiprocessors // group
+            assert 1 <= group_rows <= most
+            assert units == 32 or most_rows_of_l2(gpu, hidden, dtype, 32) == 0
+        else:
+            assert hidden <= padded and (padded == 128 or 2 * hidden > padded)
+            at_once = getattr(gpu, f"clusters_of_{group}")
+            most = {"wide": 8, "wide_float": 8, "many": 40}.get(kernel, 4)
+            assert at_once > 0 and 1 <= group_rows <= most
+        assert choice.groups(rows) * group_rows >= rows
+        assert choice.waves(gpu, rows) == -(-rows // (at_once * most))
 
 
 def test_bad_direction():
@@ -125,7 +202,23 @@ def test_info_prints_the_kernels_of_a_gpu(monkeypatch):
     monkeypatch.setattr(ops, "choose_backend", lambda *layer: ("persistent", "the fastest"))
     text = "\n".join(info.report(hidden=512, rows=16))
     assert "forward  narrow, 4 x 16 blocks of 32 units, up to 4 rows each (16 blocks" in text
-    assert "backward narrow_float, 6 x 16 blocks of 32 units, up to 3 rows each" in text
+    assert "backward narrow_float, 6 x 16 blocks of 32 units, up to 3 rows each (16" in text
+
+
+@pytest.mark.parametrize(
+    "gpu, hidden, rows, line",
+    [
+        (A100, 512, 16, "6 x 16 blocks of 32 units, up to 3 rows each (no thread-block clusters"),
+        (A100, 512, 240, "18 x 16 blocks of 32 units, up to 14 rows each, in 3 waves (no thread"),
+        (H200, 2048, 16, "2 x 64 blocks of 32 units, up to 8 rows each (H above 1024: the blocks"),
+    ],
+    ids=str,
+)
+def test_info_prints_the_kernels_without_clusters(pretend, gpu, hidden, rows, line):
+    pretend(gpu, "8.0;9.0a", ["sm_80", "sm_90a"])
+    text = "\n".join(info.report(hidden, rows))
+    for direction in ("forward ", "backward"):
+        assert f"    {direction} l2, {line}" in text
 
 
 @pytest.mark.parametrize(
@@ -194,24 +287,40 @@ def test_a_library_without_code_for_the_gpu(pretend):
 
 
 @pytest.mark.parametrize(
-    "gpu, code, line, name",
+    "gpu, code, line, kernel",
     [
-        (H200, ["sm_90a"], "sm_90a, with the kernels of clusters", "persistent"),
-        (A100, ["sm_80"], "sm_80, without the kernels of clusters", "stepwise"),
+        (H200, ["sm_90a"], "sm_90a, with the kernels of clusters", "narrow"),
+        (A100, ["sm_80"], "sm_80, without the kernels of clusters", "l2"),
         (
             WITHOUT_9_0A,
             ["sm_80", "compute_80"],
             "compute_80, compiled at the first call, without the kernels of clusters",
-            "stepwise",
+            "l2",
         ),
     ],
     ids=str,
 )
-def test_info_tells_the_code_of_a_gpu(pretend, gpu, code, line, name):
+def test_info_tells_the_code_of_a_gpu(pretend, gpu, code, line, kernel):
     pretend(gpu, "some", code)
-    assert f"  its code      {line}" in info.report()
-    chosen, reason = ops.choose_backend("cuda:0", 512, BF16)
-    assert chosen == name and ("without code for 9.0a" in reason) == (gpu is WITHOUT_9_0A)
+    report = info.report()
+    assert f"  its code      {line}" in report
+    assert ops.choose_backend("cuda:0", 512, BF16) == ("persistent", "the fastest")
+    assert any(text.startswith(f"    forward  {kernel}, ") for text in report)
+
+
+LIMITS = {"CLUSTER": 16, "MULTIPROCESSORS": 1024, "SHARED_KB": 1024}
+
+
+@pytest.mark.skipif(bool(_library.cuda_error), reason="no CUDA library reads the variables")
+@pytest.mark.parametrize("value", ["", "x", "0", "-1", "one too many", "99999999999", "8 "])
+@pytest.mark.parametrize("name", LIMITS)
+def test_bad_limits_are_named(name, value):
+    """Before any device is asked: also where there is none."""
+    value = str(LIMITS[name] + 1) if value == "one too many" else value
+    process = run_limited({name: value}, "-c", "from sb_fast_sligru import ops; ops.gpu(0)")
+    expected = f'got "{value}", expected a number from 1 to {LIMITS[name]}'
+    assert process.returncode != 0
+    assert f"SB_FAST_SLIGRU_MAX_{name}: {expected}" in process.stderr
 
 
 # ---- on a GPU
@@ -237,20 +346,23 @@ print(json.dumps(results))
 """
 
 
+SIZES = ((64, 3), (256, 20), (512, 16), (512, 40), (1024, 48), (1024, 240), (2048, 20))
+AS_3090 = {"CLUSTER": 1, "MULTIPROCESSORS": 82, "SHARED_KB": 99}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("limit", ["16", "8", "1"])
-def test_the_chosen_kernels_run(limit):
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"CLUSTER": 8}, {"CLUSTER": 1}, {"MULTIPROCESSORS": 40}, {"SHARED_KB": 64}, AS_3090],
+    ids=str,
+)
+def test_the_chosen_kernels_run(limits):
     layers = [
         (hidden, rows, dtype)
         for dtype in ("bfloat16", "float16", "float32")
-        for hidden, rows in ((64, 3), (256, 20), (512, 16), (512, 40), (1024, 48), (1024, 240))
+        for hidden, rows in SIZES
     ]
-    process = subprocess.run(
-        [sys.executable, "-c", KERNEL_NAMES, json.dumps(layers)],
-        env=os.environ | {"SB_FAST_SLIGRU_MAX_CLUSTER": limit},
-        capture_output=True,
-        text=True,
-    )
+    process = run_limited(limits, "-c", KERNEL_NAMES, json.dumps(layers))
     assert process.returncode == 0, process.stderr
     for layer, (chosen, names) in zip(layers, json.loads(process.stdout), strict=True):
         for direction, kernel in zip(("forward", "backward"), chosen, strict=True):
@@ -267,10 +379,41 @@ def test_properties_of_the_gpu():
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     assert gpu.capability == 10 * properties.major + properties.minor
     assert gpu.shared_bytes == properties.shared_memory_per_block_optin
+    assert gpu.multiprocessors == properties.multi_processor_count
     if gpu.capability == 90:
         assert gpu.has_cluster_code and gpu.has_warpgroup_code
         blocks = properties.multi_processor_count
         assert blocks // 2 <= 16 * gpu.clusters_of_16 <= 8 * gpu.clusters_of_8 <= blocks
+
+
+SHOW_GPU = """
+import json
+from sb_fast_sligru import ops
+print(json.dumps(ops.gpu(0)))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "limits", [{}, {"MULTIPROCESSORS": 40}, {"SHARED_KB": 64}, {"CLUSTER": 8}, AS_3090], ids=str
+)
+def test_limited_properties_of_the_gpu(limits):
+    gpu = ops.gpu(0)
+    process = run_limited(limits, "-c", SHOW_GPU)
+    assert process.returncode == 0, process.stderr
+    multiprocessors = min(gpu.multiprocessors, limits.get("MULTIPROCESSORS", 1024))
+    clusters = {
+        f"clusters_of_{size}": min(getattr(gpu, f"clusters_of_{size}"), multiprocessors // size)
+        if size <= limits.get("CLUSTER", 16)
+        else 0
+        for size in (4, 8, 16)
+    }
+    expected = gpu._replace(
+        multiprocessors=multiprocessors,
+        shared_bytes=min(gpu.shared_bytes, 1024 * limits.get("SHARED_KB", 1024)),
+        **clusters,
+    )
+    assert json.loads(process.stdout) == list(expected)
 
 
 SHOW_LIBRARY = """
@@ -304,6 +447,7 @@ print(json.dumps({
     "code": _library.gpu_code(ops.gpu(0).capability),
     "gpu": ops.gpu(0)._asdict(),
     "choice": ops.choose_backend("cuda", 512, torch.bfloat16),
+    "kernel": ops.choose_kernel(ops.gpu(0), 512, 16, torch.bfloat16, "forward"),
     "forced": forced,
     "errors": errors,
     "warnings": [str(w.message) for w in caught if "sb_fast_sligru" in str(w.message)],
@@ -338,13 +482,14 @@ def test_a_library_that_was_built_for_older_gpus(tmp_path, archs):
     assert not seen["gpu"]["has_cluster_code"] and not seen["gpu"]["has_warpgroup_code"]
     name, reason = seen["choice"]
     if archs == "8.0+PTX":
-        assert seen["code"] == "compute_80" and name == "stepwise" and not seen["warnings"]
-        expected = "the library was built without code for 9.0a or the GPU's own architecture"
-        assert reason == f"not persistent: {expected}"
+        assert seen["code"] == "compute_80" and name == "persistent" and not seen["warnings"]
+        kernel, *_, reason = seen["kernel"]
+        assert kernel == "l2" and "library without cluster code" in reason
+        assert seen["forced"] == ""
     else:
         assert seen["code"] is None and name == "reference"
         expected = "the library holds no code for compute capability 9.0, but for 8.0"
         assert reason.startswith(expected) and expected in " ".join(seen["warnings"])
-    assert seen["forced"].startswith(f'backend("persistent") is forced, but {expected}')
+        assert seen["forced"].startswith(f'backend("persistent") is forced, but {expected}')
     for error, bound in zip(seen["errors"], (1e-11, 1e-4, 0.1), strict=True):
         assert error < bound

@@ -4,14 +4,12 @@ import asyncio
 import contextlib
 import itertools
 import math
-import os
-import subprocess
-import sys
 import threading
 import warnings
 
 import pytest
 import torch
+from helpers import run_limited
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -257,6 +255,17 @@ MANY_ROWS_SHAPES = [
 @pytest.mark.parametrize("option", ["sligru-h0-mask", "sligru-affine-h0", "ligru-h0"])
 @each_direction
 def test_many_rows(precision, shape, option, bidirectional):
+    arguments = make_inputs(shape, option, bidirectional)
+    assert_no_worse_than_the_loop("persistent", "cuda", precision, arguments)
+
+
+# The largest layers, in 16-bit types alone: groups of 33 to 64 blocks, one wave of them and more.
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast-float16"])
+@pytest.mark.parametrize("shape", [(3, 5, 1032), (17, 4, 1528), (40, 3, 2048)], ids=shape_id)
+@pytest.mark.parametrize("option", ["sligru-h0-mask", "sligru-affine-h0", "ligru-h0"])
+@each_direction
+def test_layers_above_1024_units(precision, shape, option, bidirectional):
     arguments = make_inputs(shape, option, bidirectional)
     assert_no_worse_than_the_loop("persistent", "cuda", precision, arguments)
 
@@ -1186,51 +1195,44 @@ def test_choice_on_a_gpu():
             ops.choose_backend("cuda", hidden, dtype)
 
 
-def run_limited(limit, *arguments):
-    """Python in a process of its own, which may use clusters of at most `limit` blocks."""
-    environment = os.environ | {"SB_FAST_SLIGRU_MAX_CLUSTER": limit}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-SHOW_CHOICES = """
+SHOW_KERNELS = """
 import torch
 from sb_fast_sligru import ops
 for dtype in (torch.bfloat16, torch.half, torch.float32):
-    print(*ops.choose_backend("cuda", 512, dtype))
+    print(ops.choose_backend("cuda", 512, dtype)[0], end=" ")
+    print(ops.choose_kernel(ops.gpu(0), 512, 16, dtype, "forward").kernel)
 """
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("limit, persistent", [("16", 3), ("8", 2), ("4", 0)])
-def test_choice_without_large_clusters(limit, persistent):
+@pytest.mark.parametrize(
+    "limit, low, full", [(16, "narrow", "narrow_float"), (8, "narrow", "l2"), (4, "l2", "l2")]
+)
+def test_choice_without_large_clusters(limit, low, full):
     """At H = 512, 16-bit types need clusters of 8 blocks and float32 of 16."""
-    if torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("this GPU has no clusters")
-    process = run_limited(limit, "-c", SHOW_CHOICES)
-    choices = process.stdout.splitlines()
-    assert len(choices) == 3, process.stderr
-    assert choices[:persistent] == ["persistent the fastest"] * persistent
-    for choice in choices[persistent:]:
-        assert choice.startswith("stepwise not persistent: the GPU, or SB_FAST_SLIGRU_MAX_CLUSTER")
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("this GPU has no clusters of 16")
+    process = run_limited({"CLUSTER": limit}, "-c", SHOW_KERNELS)
+    expected = [f"persistent {kernel}" for kernel in (low, low, full)]
+    assert process.stdout.splitlines() == expected, process.stderr
 
 
 @pytest.mark.gpu
-def test_layers_without_clusters_of_16():
-    """Few rows at 256 < H <= 512 in 16-bit types take clusters of 16 where there are any."""
-    where = "persistent and H456 and (bfloat16 or float16)"
-    process = run_limited(
-        "8", "-m", "pytest", "-q", "-k", f"around_those_of_clusters and {where}", __file__
-    )
+@pytest.mark.parametrize(
+    "limits, layers",
+    [
+        # Few rows at 256 < H <= 512 in 16-bit types take clusters of 16 where there are any.
+        ({"CLUSTER": 8}, "persistent and H456 and (bfloat16 or float16)"),
+        ({"CLUSTER": 1}, "persistent"),
+        # An RTX 3090's multiprocessors and shared memory: smaller blocks, more waves.
+        ({"CLUSTER": 1, "MULTIPROCESSORS": 82, "SHARED_KB": 99}, "persistent"),
+    ],
+    ids=["clusters-of-8", "no-clusters", "as-a-3090"],
+)
+def test_layers_without_clusters_of_16(limits, layers):
+    where = f"around_those_of_clusters and {layers}"
+    process = run_limited(limits, "-m", "pytest", "-q", "-k", where, __file__)
     assert process.returncode == 0, process.stdout
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("limit", ["", "x", "0", "17", "8 "])
-def test_bad_largest_cluster_is_named(limit):
-    process = run_limited(limit, "-c", SHOW_CHOICES)
-    message = f'SB_FAST_SLIGRU_MAX_CLUSTER: got "{limit}", expected a number from 1 to 16'
-    assert process.returncode != 0 and message in process.stderr
 
 
 @pytest.mark.gpu
