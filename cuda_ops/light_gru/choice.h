@@ -40,6 +40,13 @@ inline const char* name_of(Kernel kernel) {
   __builtin_unreachable();
 }
 
+// The largest H of the variant of kL2 that takes so many units.
+constexpr int l2_capacity(int units) {
+  int capacity = 256;
+  while (capacity < units) capacity *= 2;
+  return capacity;
+}
+
 struct KernelChoice {
   Kernel kernel;
   int group;  // blocks that share U: a thread-block cluster or, for kL2, blocks of a cooperative
@@ -48,8 +55,10 @@ struct KernelChoice {
   int rows;   // that a group serves, at most
   const char* reason;
 
-  // Units that a group holds.
-  int padded_hidden() const { return group * units; }
+  // Units that the kernel computes.
+  int padded_hidden() const {
+    return kernel == Kernel::kL2 ? l2_capacity(group * units) : group * units;
+  }
   int64_t groups(int64_t all_rows) const { return ceil_div(all_rows, rows); }
 };
 
@@ -106,25 +115,35 @@ constexpr KernelLine kTable[] = {
 // Shared memory of a block of the kernels for H > 512, at most: all that a block of 9.0 may have.
 constexpr int kWideSharedBytes = 227 * 1024;
 
-// kL2, whose blocks have a multiprocessor each.
+// kL2, whose blocks have a multiprocessor each. The fewer blocks a group has, the faster they
+// exchange, which forward they do twice a step, and the more each of them has to multiply.
 struct L2Line {
   bool is_float;
   int largest_hidden;
   int units;
   int kept_bytes;  // of U in a block's shared memory; the rest of it is in registers
+  bool is_forward_of_fast = false;  // for the forward pass alone, on GPUs with kFastShared
 
   int group(int64_t hidden) const { return static_cast<int>(ceil_div(hidden, units)); }
 };
 
-constexpr L2Line kL2Table[] = {{false, 1024, 32, 0},         {false, 2048, 32, 128 * 1024},
-                               {false, 2048, 16, 0},         {true, 512, 32, 0},
-                               {true, 1024, 32, 128 * 1024}, {true, 1024, 16, 0}};
+// GPUs whose blocks have so much shared memory (8.0, 9.0, 10.0) multiply 16-bit numbers and add
+// them in float at twice the rate of the others.
+constexpr int kFastShared = 160 * 1024;
+constexpr int kL2Kept = 128 * 1024, kL2KeptFloat = 32 * 1024;
 
-constexpr int kL2Rows = 16;  // that a group serves at most
+constexpr L2Line kL2Table[] = {{false, 256, 32, 0},       {false, 512, 64, 0, true},
+                               {false, 512, 32, 0},       {false, 1024, 64, kL2Kept},
+                               {false, 1024, 32, 0},      {false, 2048, 32, kL2Kept},
+                               {false, 2048, 16, 0},      {true, 512, 32, kL2KeptFloat},
+                               {true, 1024, 32, kL2Kept}, {true, 1024, 16, kL2KeptFloat}};
+
 constexpr int kL2Warps = 8;  // of a block
+// Rows that a group serves at most: a lane has two cells, of two rows or two units.
+constexpr int l2_most_rows(int units) { return units > 32 ? kL2Warps : 2 * kL2Warps; }
 
-// Shared memory of a block for each row: the partial sums of its warps, in two buffers.
-constexpr int l2_row_bytes(int units) { return 2 * kL2Warps * (8 * units + 32); }
+// Shared memory of a block for each row, at most: the partial sums of its warps.
+constexpr int l2_row_bytes(int units) { return kL2Warps * 8 * units + 32; }
 
 // The largest_hidden of the lines that a layer fits; 0 if it fits none.
 template <class Line, std::size_t kLines>
@@ -161,8 +180,8 @@ inline float microseconds(const KernelLine& line, int64_t rows, Direction direct
 inline KernelChoice refuse(const char* reason) { return {Kernel::kStepwise, 0, 0, 0, reason}; }
 
 // `reason`: why no kernel of kTable runs.
-inline KernelChoice choose_l2(int64_t hidden, int64_t rows, DType operand_type, const Gpu& gpu,
-                              const char* reason) {
+inline KernelChoice choose_l2(int64_t hidden, int64_t rows, DType operand_type, Direction direction,
+                              const Gpu& gpu, const char* reason) {
   if (gpu.capability < 75) return refuse("the GPU is older than compute capability 7.5");
   if (operand_type == DType::kBFloat16 && !gpu.has_tensor_code)
     return refuse("bfloat16 needs compute capability 8.0 or newer, and code for it in the library");
@@ -171,9 +190,12 @@ inline KernelChoice choose_l2(int64_t hidden, int64_t rows, DType operand_type, 
   const char* obstacle = "";
   for (const L2Line& line : kL2Table) {
     if (line.is_float != is_float || line.largest_hidden != size) continue;
+    if (line.is_forward_of_fast &&
+        (direction == Direction::kBackward || gpu.shared_bytes < kFastShared))
+      continue;
     const int group = line.group(hidden), at_once = gpu.multiprocessors / group;
-    const int most =
-        std::min(kL2Rows, (gpu.shared_bytes - line.kept_bytes) / l2_row_bytes(line.units));
+    const int most = std::min(l2_most_rows(line.units),
+                              (gpu.shared_bytes - line.kept_bytes) / l2_row_bytes(line.units));
     if (at_once > 0 && most > 0)
       return {Kernel::kL2, group, line.units, spread_rows(rows, at_once, most), reason};
     obstacle = at_once == 0
@@ -201,7 +223,7 @@ inline KernelChoice choose(int64_t hidden, int64_t rows, DType operand_type, Dir
         "the hidden size is above 1024: the recurrent weight in float32 does not fit on chip");
 
   const auto l2 = [&](const char* reason) {
-    return choose_l2(hidden, rows, operand_type, gpu, reason);
+    return choose_l2(hidden, rows, operand_type, direction, gpu, reason);
   };
   const int size = size_for(kTable, hidden, is_float);
   if (size == 0) return l2("H above 1024: the blocks exchange through the L2 cache");

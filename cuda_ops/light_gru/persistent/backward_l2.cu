@@ -17,16 +17,6 @@
 namespace sb_fast_sligru {
 namespace {
 
-constexpr int kValueBytes = 4;  // of the partial sums of a unit
-
-template <class T, int kUnits, int kChunks>
-using Shape = L2Shape<T, kUnits / (L2Operand<T>::kIsFloat ? 8 : 16), kChunks>;
-
-template <class T, int kUnits>
-SLIGRU_HD L2Memory memory_of(int blocks, int rows) {
-  return l2_memory(Direction::kBackward, L2Operand<T>::kIsFloat, blocks * kUnits, blocks, rows);
-}
-
 // Columns of Uc with gamma folded in, as L2Product::load_weights() asks for them. Lane c multiplies
 // units 2c and 2c + 1 of a chunk.
 template <class T>
@@ -64,57 +54,67 @@ struct WeightColumns {
 
 // The warp's part of the carries of the rows of a column tile.
 template <class Shape>
-__device__ __forceinline__ void store_partial(const L2Product<Shape>& product,
-                                              const float (&sums)[Shape::kTiles][4],
-                                              const L2Partials<typename Shape::T>& partials,
-                                              const L2Position& at, int column_tile,
-                                              uint32_t step) {
-  using Operand = L2Operand<typename Shape::T>;
+__device__ __forceinline__ void store_partial(const float (&sums)[Shape::kTiles][4], float factor,
+                                              uint32_t partials, const L2Position& at,
+                                              int column_tile) {
+  using Operand = typename Shape::Operand;
+  constexpr int kTileBytes = Shape::kTileUnits * Shape::kValueBytes;
   if constexpr (Operand::kIsFloat) {
     const int row = column_tile * Operand::kTileRows + at.c;
     if (row >= at.rows) return;
-    const uint32_t to = partials.at(step, at.warp, row) + at.g * kValueBytes;
+    const uint32_t to = partials + row * Shape::kRowBytes + at.warp * Shape::kWarpBytes + at.g * 4;
 #pragma unroll
     for (int tile = 0; tile < Shape::kTiles; tile++)
-      store_float(to + tile * 8 * kValueBytes, sums[tile][0] * product.factor[tile]);
+      store_float(to + tile * kTileBytes, sums[tile][0] * factor);
   } else {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int row = column_tile * Operand::kTileRows + 2 * at.c + i;
       if (row >= at.rows) return;
-      const uint32_t to = partials.at(step, at.warp, row) + at.g * kValueBytes;
+      const uint32_t to =
+          partials + row * Shape::kRowBytes + at.warp * Shape::kWarpBytes + at.g * 4;
 #pragma unroll
       for (int tile = 0; tile < Shape::kTiles; tile++) {
-        store_float(to + tile * 16 * kValueBytes, sums[tile][i]);
-        store_float(to + (tile * 16 + 8) * kValueBytes, sums[tile][2 + i]);
+        store_float(to + tile * kTileBytes, sums[tile][i]);
+        store_float(to + tile * kTileBytes + kTileBytes / 2, sums[tile][2 + i]);
       }
     }
   }
 }
 
+// Uc^T (gamma dwx) of a unit and row: the sum over the warps.
+template <class Shape>
+__device__ __forceinline__ float add_partials(uint32_t partials, int row, int block_unit) {
+  const uint32_t from = partials + row * Shape::kRowBytes + block_unit * Shape::kValueBytes;
+  float x[kL2Warps];
+#pragma unroll
+  for (int w = 0; w < kL2Warps; w++) x[w] = load_float(from + w * Shape::kWarpBytes);
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
 // Publishes dwx of a row, one unit a lane. Of two lanes the first sends both units (float: the
 // first the high parts, the second the low parts).
-template <class T>
+template <class Shape>
 struct DwxPublisher {
-  using Operand = L2Operand<T>;
-  Message* messages;  // of the lane, for the warp's first row
-  int cell_stride, buffer_stride;
+  using T = typename Shape::T;
+  using Operand = typename Shape::Operand;
+  static constexpr int kRowMessages = L2Product<Shape>::kRowMessages;
+
+  Message* messages;  // of the lane, for its first unit and row
+  int buffer_stride;
   bool odd, sends;
 
   __device__ __forceinline__ DwxPublisher(char* exchange, const L2Memory& memory,
-                                          const L2Position& at, int units)
-      : cell_stride(kL2Warps * memory.chunks * Operand::kChunkMessages),
-        buffer_stride(static_cast<int>(memory.buffer_messages())),
-        odd(at.lane % 2 == 1) {
+                                          const L2Position& at)
+      : buffer_stride(memory.buffer_messages()), odd(at.lane % 2 == 1) {
     const int unit = at.block_unit0 + at.lane;
-    sends = at.lane < units && at.lane % 2 < Operand::kParts;
-    messages = reinterpret_cast<Message*>(exchange) +
-               (at.warp * memory.chunks + unit / 8) * Operand::kChunkMessages +
-               at.lane % 2 * 4 + unit % 8 / 2;
+    sends = at.lane < Shape::kUnits && at.lane % 2 < Operand::kParts;
+    messages = reinterpret_cast<Message*>(exchange) + at.warp * kRowMessages +
+               unit / 8 * Operand::kChunkMessages + at.lane % 2 * 4 + unit % 8 / 2;
   }
 
-  // By whole warps.
-  __device__ __forceinline__ void send(int cell, float a, float z, uint32_t step) const {
+  // Of the lane's row and unit of these numbers; by whole warps.
+  __device__ __forceinline__ void send(int row, int unit, float a, float z, uint32_t step) const {
     float scale = 1.f;
     if constexpr (Operand::kIsFloat) {
       float largest = fmaxf(fabsf(a), fabsf(z));
@@ -137,149 +137,238 @@ struct DwxPublisher {
     }
     if (sends)
       Message(low, high, inverse_scale, step)
-          .publish(messages + (step & 1) * buffer_stride + cell * cell_stride);
+          .publish(messages + (step & 1) * buffer_stride + row * (kL2Warps * kRowMessages) +
+                   unit * (32 / 8 * Operand::kChunkMessages));
   }
 };
 
-// What a unit and row read of step k, counted from the chunk's last. Addresses are computed anew,
-// since there are no registers left to keep them.
+// What a unit and row read of a step: bits, since converting them would wait for the loads.
+struct StepBits {
+  uint32_t coefficients[kCoefficientStreams<true>], grad_h;
+};
+
+// Where a row reads and writes, from the chunk's last step to its first.
+template <class Shape>
+struct L2Streams {
+  using T = typename Shape::T;
+  static constexpr int kBytes = sizeof(T), kUnitCells = Shape::kUnitCells;
+  static constexpr int kStreamBytes = Shape::kCapacity * kBytes;
+
+  int row_step;        // of [R, count], of the next step to load
+  const char* grad_h;  // of the lane's first unit
+  int rho_index;
+  int onward;  // in time: 1 or -1
+
+  __device__ __forceinline__ void begin(const PersistentBackward& p, const Row& row, int unit) {
+    const int count = static_cast<int>(p.count);
+    row_step = (row.index + 1) * count - 1;
+    grad_h = grad_h_stream(p, grad_h_sequence(p), row, unit).source;
+    onward = row.direction == 1 ? 1 : -1;
+    rho_index = static_cast<int>(row.index * p.layer.time +
+                                 p.layer.time_of(row.index, p.first + count - 1));
+  }
+
+  // Loads step k, counted from the chunk's last, and moves on. unit: the lane's first. By whole warps.
+  __device__ __forceinline__ void load_next(const PersistentBackward& p, int lane, int unit, int k,
+                                            bool grad_float, const bool (&in_range)[kUnitCells],
+                                            StepBits (&x)[kUnitCells]) {
+    const int streams = p.layer.layer_norm ? kCoefficientStreams<true> : kCoefficientStreams<false>;
+    const int step_bytes = streams * kStreamBytes, grad_bytes = grad_float ? 4 : 2;
+    const int64_t grad_step = onward * (p.grad_h_time_stride * grad_bytes);
+    const char* coefficients =
+        static_cast<const char*>(p.coefficients) + int64_t{row_step} * step_bytes + unit * kBytes;
+#pragma unroll
+    for (int u = 0; u < kUnitCells; u++) {
+      x[u] = {};
+      if (in_range[u]) {
+#pragma unroll
+        for (int i = 0; i < kCoefficientStreams<true>; i++)
+          if (i < streams)
+            x[u].coefficients[i] = load_bits(coefficients + i * kStreamBytes + 32 * u * kBytes,
+                                             L2Operand<T>::kIsFloat);
+        x[u].grad_h = load_bits(grad_h + 32 * u * grad_bytes, grad_float);
+      }
+    }
+    // A sector of 32 bytes a lane, four lanes a stream.
+    if (k + kL2Ahead < p.count) {
+      const int stream = lane / 4, sector = lane % 4 * 32;
+      const char* ahead = coefficients - kL2Ahead * step_bytes + stream * kStreamBytes;
+      int bytes = kBytes;
+      if (stream >= streams) ahead = grad_h + kL2Ahead * grad_step, bytes = grad_bytes;
+      ahead += sector - lane * bytes;
+      if (stream <= streams && sector < 32 * bytes) {
+#pragma unroll
+        for (int u = 0; u < kUnitCells; u++)
+          if (in_range[u]) prefetch(ahead + 32 * u * bytes);
+      }
+    }
+    row_step--;
+    grad_h += grad_step;
+  }
+  // Of the step whose streams were loaded before.
+  __device__ __forceinline__ float load_rho(const PersistentBackward& p) {
+    const float rho = p.layer.layer_norm ? p.rho[rho_index] : 1.f;
+    rho_index += onward;
+    return rho;
+  }
+};
+
 template <class T>
-__device__ __forceinline__ StepInput<float, true> load_step(const PersistentBackward& p, int row_,
-                                                            int k, int unit, int padded) {
-  const Recurrence& layer = p.layer;
-  const int count = static_cast<int>(p.count), streams = layer.layer_norm ? 5 : 3;
-  const Row row = locate_row(layer, row_);
-  const int64_t n = p.first + count - 1 - k;
-  const T* from = static_cast<const T*>(p.coefficients) +
-                  (int64_t{row.index + 1} * count - 1 - k) * (streams * padded) + unit;
-  StepInput<float, true> x = {};
+__device__ __forceinline__ StepInput<float, true> unpack_step(const PersistentBackward& p,
+                                                              const StepBits& bits) {
+  StepInput<float, true> x;
 #pragma unroll
   for (int i = 0; i < kCoefficientStreams<true>; i++)
-    if (i < streams) x.coefficients[i] = widen(from[i * padded]);
-  const Sequence grad_h = grad_h_sequence(p);
-  const char* address =
-      grad_h.at(layer, row, n, row.direction * static_cast<int>(layer.hidden) + unit);
-  x.grad_h = grad_h.is_float() ? *reinterpret_cast<const float*>(address)
-                               : widen(*reinterpret_cast<const T*>(address));
-  if (layer.layer_norm) x.rho = p.rho[row.index * layer.time + layer.time_of(row.index, n)];
+    x.coefficients[i] = from_bits<T>(bits.coefficients[i], L2Operand<T>::kIsFloat);
+  x.grad_h = from_bits<T>(bits.grad_h, p.layer.output_type == DType::kFloat32);
   return x;
 }
 
-template <class T, int kUnits, int kChunks>
-__global__ void __launch_bounds__(kL2Threads, 1)
-    backward_l2_kernel(const __grid_constant__ L2Wave<PersistentBackward> wave) {
-  using Shape = Shape<T, kUnits, kChunks>;
-  using Operand = L2Operand<T>;
+template <class Shape>
+__device__ __forceinline__ void backward(const L2Wave<PersistentBackward>& wave) {
+  using T = typename Shape::T;
+  constexpr int kUnits = Shape::kUnits, kRowCells = Shape::kRowCells;
+  constexpr int kUnitCells = Shape::kUnitCells;
   extern __shared__ __align__(128) uint8_t shared_bytes[];
   const PersistentBackward& p = wave.p;
   const L2Position at(wave, kUnits);
-  const L2Memory memory = memory_of<T, kUnits>(at.blocks, wave.rows);
-  char* const exchange =
-      static_cast<char*>(p.exchange) + blockIdx.x / at.blocks * memory.bytes();
+  const L2Memory memory = {l2_most_rows(kUnits), L2Product<Shape>::kRowMessages, at.blocks};
+  char* const exchange = static_cast<char*>(p.exchange) + blockIdx.x / at.blocks * memory.bytes();
   const uint32_t fragments = shared_address(shared_bytes);
+  const uint32_t partials = fragments + Shape::kSharedBytes;
 
   const bool layer_norm = p.layer.layer_norm;
   const auto* ln_weight = layer_norm ? static_cast<const float*>(p.layer.ln_weight) : nullptr;
   L2Product<Shape> product(exchange, memory, at, fragments);
   product.load_weights(WeightColumns<T>{static_cast<const T*>(p.u), ln_weight, at.hidden_size,
                                         at.block_unit0, at.g, at.c});
-  const L2Partials<T> partials(fragments + Shape::kSharedBytes, kUnits, kValueBytes, wave.rows);
-  const DwxPublisher<T> publisher(exchange, memory, at, kUnits);
+  const DwxPublisher<Shape> publisher(exchange, memory, at);
   const GroupSums m2_sums(exchange, memory, at);
 
-  const int unit = at.block_unit0 + at.lane;
-  const bool in_range = at.lane < kUnits && unit < at.hidden_size;
-  const int count = static_cast<int>(p.count), padded = at.blocks * kUnits;
+  // Cells [row][unit] of the lane.
+  constexpr int kPadded = Shape::kCapacity;
+  const int count = static_cast<int>(p.count), unit = at.block_unit0 + at.lane;
+  const bool grad_float = p.layer.output_type == DType::kFloat32;
   const float inverse_size = 1.f / static_cast<float>(2 * at.hidden_size);
-  float carry[kL2Cells] = {};
-  StepInput<float, true> next[kL2Cells] = {};
+  bool in_range[kUnitCells];
+  float carry[kRowCells][kUnitCells] = {};
+  L2Streams<Shape> streams[kRowCells];
+  StepBits next[kRowCells][kUnitCells];
 #pragma unroll
-  for (int i = 0; i < kL2Cells; i++) {
-    const int row = at.row0 + at.row_of_cell(i);
-    if (at.row_of_cell(i) < at.rows && in_range) {
-      carry[i] = p.carry[int64_t{row} * at.hidden_size + unit];
-      next[i] = load_step<T>(p, row, 0, unit, padded);
-    }
+  for (int u = 0; u < kUnitCells; u++)
+    in_range[u] = at.lane < kUnits && unit + 32 * u < at.hidden_size;
+  const auto carry_of = [&](int i, int u) {
+    return p.carry + int64_t{at.row0 + at.row_of(i)} * at.hidden_size + unit + 32 * u;
+  };
+#pragma unroll
+  for (int i = 0; i < kRowCells; i++) {
+    if (!at.has_row(i)) break;
+    streams[i].begin(p, locate_row(p.layer, at.row0 + at.row_of(i)), in_range[0] ? unit : 0);
+    streams[i].load_next(p, at.lane, unit, 0, grad_float, in_range, next[i]);
+#pragma unroll
+    for (int u = 0; u < kUnitCells; u++)
+      if (in_range[u]) carry[i][u] = *carry_of(i, u);
   }
   __syncthreads();  // the fragments in shared memory
 
 #pragma unroll 1
   for (int k = 0; k < count; k++) {
     const uint32_t step = static_cast<uint32_t>(k) + 1;
-    float own[kL2Cells], rho_v[kL2Cells], rho[kL2Cells];
+    float own[kRowCells][kUnitCells], v[kRowCells][kUnitCells], rho[kRowCells];
+    float2 dwx[kRowCells][kUnitCells];  // candidate, gate
 #pragma unroll
-    for (int i = 0; i < kL2Cells; i++) {
-      if (at.row_of_cell(i) >= at.rows) break;
-      const int row = at.row0 + at.row_of_cell(i);
-      const auto now = next[i];
-      const float d = now.grad_h + carry[i];
-      const float a = d * now.k_a(), z = d * now.k_z();
-      publisher.send(i, a, z, step);
-      if (layer_norm) m2_sums.send(i, d * now.q(), at.lane, step);
-      if (in_range) {
-        T* dwx = static_cast<T*>(p.dwx_rows) +
-                 (int64_t{row + 1} * count - 1 - k) * (2 * padded) + unit;
-        dwx[0] = narrow<T>(a), dwx[padded] = narrow<T>(z);
+    for (int i = 0; i < kRowCells; i++) {
+      if (!at.has_row(i)) break;
+      float m2 = 0.f;
+#pragma unroll
+      for (int u = 0; u < kUnitCells; u++) {
+        const auto now = unpack_step<T>(p, next[i][u]);
+        const float d = now.grad_h + carry[i][u];
+        dwx[i][u] = {d * now.k_a(), d * now.k_z()};
+        publisher.send(i, u, dwx[i][u].x, dwx[i][u].y, step);
+        own[i][u] = times_z(d, now.complement());
+        v[i][u] = now.v();
+        m2 = fmaf(d, now.q(), m2);
       }
-      own[i] = times_z(d, now.complement());
-      rho[i] = layer_norm ? now.rho : 1.f;
-      rho_v[i] = rho[i] * now.v();
-      if (k + 1 < count && in_range) next[i] = load_step<T>(p, row, k + 1, unit, padded);
+      if (layer_norm) m2_sums.send(i, m2, at.lane, step);
+    }
+    __syncthreads();  // so that nobody looks for dwx before there can be any
+#pragma unroll
+    for (int i = 0; i < kRowCells; i++) {
+      if (!at.has_row(i)) break;
+      rho[i] = streams[i].load_rho(p);
+      T* const to =
+          static_cast<T*>(p.dwx_rows) + int64_t{streams[i].row_step + 1} * (2 * kPadded) + unit;
+#pragma unroll
+      for (int u = 0; u < kUnitCells; u++)
+        if (in_range[u])
+          to[32 * u] = narrow<T>(dwx[i][u].x), to[32 * u + kPadded] = narrow<T>(dwx[i][u].y);
+      if (k + 1 < count)
+        streams[i].load_next(p, at.lane, unit, k + 1, grad_float, in_range, next[i]);
     }
 
-    for (int tile = 0; tile < product.column_tiles(); tile++) {
-      float sums[Shape::kTiles][4] = {};
-      product.template multiply_received<Operand::kIsFloat>(sums, tile, step);
-      store_partial(product, sums, partials, at, tile, step);
-    }
+    product.template run<Shape::Operand::kIsFloat>(
+        step, [&](int tile, const float (&sums)[Shape::kTiles][4]) {
+          store_partial<Shape>(sums, product.factor, partials, at, tile);
+        });
+    SumMessage m2_now[kRowCells];
+#pragma unroll
+    for (int i = 0; i < kRowCells; i++)
+      if (layer_norm && at.has_row(i)) m2_now[i] = m2_sums.look(i, at.lane, step);
     __syncthreads();
 
 #pragma unroll
-    for (int i = 0; i < kL2Cells; i++) {
-      const int row = at.row_of_cell(i);
-      if (row >= at.rows) break;
-      float parts[kL2Warps];
+    for (int i = 0; i < kRowCells; i++) {
+      if (!at.has_row(i)) break;
+      float products[kUnitCells];
 #pragma unroll
-      for (int w = 0; w < kL2Warps; w++)
-        parts[w] = load_float(partials.at(step, w, row) + at.lane % kUnits * kValueBytes);
-      const float product_sum = ((parts[0] + parts[1]) + (parts[2] + parts[3])) +
-                                ((parts[4] + parts[5]) + (parts[6] + parts[7]));
+      for (int u = 0; u < kUnitCells; u++)
+        products[u] = add_partials<Shape>(partials, at.row_of(i), (32 * u + at.lane) % kUnits);
+      float m2 = 0.f;
       if (layer_norm) {
-        const float m2 = m2_sums.receive(i, at.lane, step) * inverse_size;
-        own[i] = fmaf(-m2, rho_v[i], own[i]);
-        if (at.rank == 0 && at.lane == 0) p.m2[int64_t{at.row0 + row + 1} * count - 1 - k] = m2;
+        m2 = m2_sums.receive(i, at.lane, step, m2_now[i]) * inverse_size;
+        if (at.rank == 0 && at.lane == 0)
+          p.m2[int64_t{at.row0 + at.row_of(i) + 1} * count - 1 - k] = m2;
       }
-      carry[i] = in_range ? fmaf(rho[i], product_sum, own[i]) : 0.f;
+#pragma unroll
+      for (int u = 0; u < kUnitCells; u++)
+        carry[i][u] =
+            in_range[u] ? fmaf(rho[i], products[u], fmaf(-m2 * rho[i], v[i][u], own[i][u])) : 0.f;
     }
   }
 #pragma unroll
-  for (int i = 0; i < kL2Cells; i++) {
-    const int row = at.row_of_cell(i);
-    if (row < at.rows && in_range)
-      p.carry[int64_t{at.row0 + row} * at.hidden_size + unit] = carry[i];
-  }
+  for (int i = 0; i < kRowCells; i++)
+#pragma unroll
+    for (int u = 0; u < kUnitCells; u++)
+      if (at.has_row(i) && in_range[u]) *carry_of(i, u) = carry[i][u];
 }
 
-template <class T, int kUnits, int kChunks>
+template <class Shape>
+__global__ void __launch_bounds__(kL2Threads, 1)
+    backward_l2_kernel(const __grid_constant__ L2Wave<PersistentBackward> wave) {
+  if constexpr (Shape::Operand::kExists) backward<Shape>(wave);
+}
+
+template <class T, int kUnits, int kCapacity>
 cudaError_t launch(const PersistentBackward& p, cudaStream_t stream) {
-  using Shape = Shape<T, kUnits, kChunks>;
-  const L2Memory memory = memory_of<T, kUnits>(p.choice.group, p.choice.rows);
-  const int partial_bytes = L2Partials<T>(0, kUnits, kValueBytes, p.choice.rows).bytes();
-  return run_waves(backward_l2_kernel<T, kUnits, kChunks>, p, memory,
-                   Shape::kSharedBytes + partial_bytes, stream);
+  using Shape = L2Shape<T, Direction::kBackward, kUnits, kCapacity>;
+  return run_waves(backward_l2_kernel<Shape>, p, Direction::kBackward,
+                   Shape::kSharedBytes + p.choice.rows * Shape::kRowBytes, stream);
 }
 
 template <class T>
 cudaError_t launch(const PersistentBackward& p, cudaStream_t stream) {
-  const int hidden = p.choice.padded_hidden();
-  if (p.choice.units == 16) {
-    constexpr int kLargest = L2Operand<T>::kIsFloat ? 1024 : 2048;
-    return launch<T, 16, kLargest / 8 / kL2Warps>(p, stream);
+  constexpr bool kIsFloat = L2Operand<T>::kIsFloat;
+  const int capacity = p.choice.padded_hidden();
+  if (p.choice.units == 16) return launch<T, 16, kIsFloat ? 1024 : 2048>(p, stream);
+  if constexpr (!kIsFloat) {
+    if (p.choice.units == 64)
+      return capacity == 512 ? launch<T, 64, 512>(p, stream) : launch<T, 64, 1024>(p, stream);
+    if (capacity == 2048) return launch<T, 32, 2048>(p, stream);
   }
-  if (hidden <= 256) return launch<T, 32, 4>(p, stream);
-  if (hidden <= 512) return launch<T, 32, 8>(p, stream);
-  if (hidden <= 1024) return launch<T, 32, 16>(p, stream);
-  if constexpr (!L2Operand<T>::kIsFloat) return launch<T, 32, 32>(p, stream);
+  if (capacity == 256) return launch<T, 32, 256>(p, stream);
+  if (capacity == 512) return launch<T, 32, 512>(p, stream);
+  if (capacity == 1024) return launch<T, 32, 1024>(p, stream);
   return cudaErrorInvalidValue;
 }
 

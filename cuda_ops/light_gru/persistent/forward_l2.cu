@@ -13,16 +13,6 @@
 namespace sb_fast_sligru {
 namespace {
 
-constexpr int kValueBytes = 8;  // of the partial sums of a unit: candidate and gate
-
-template <class T, int kUnits, int kChunks>
-using Shape = L2Shape<T, kUnits / (L2Operand<T>::kIsFloat ? 4 : 8), kChunks>;
-
-template <class T, int kUnits>
-SLIGRU_HD L2Memory memory_of(int blocks, int rows) {
-  return l2_memory(Direction::kForward, L2Operand<T>::kIsFloat, blocks * kUnits, blocks, rows);
-}
-
 // Rows of Uc, as L2Product::load_weights() asks for them. Lane c multiplies units 4c..4c+3 of a
 // chunk: the order of k is free as long as both operands agree.
 template <class T>
@@ -51,56 +41,66 @@ struct WeightRows {
 
 // The warp's part of r of the rows of a column tile.
 template <class Shape>
-__device__ __forceinline__ void store_partial(const L2Product<Shape>& product,
-                                              const float (&sums)[Shape::kTiles][4],
-                                              const L2Partials<typename Shape::T>& partials,
-                                              const L2Position& at, int column_tile,
-                                              uint32_t step) {
-  using Operand = L2Operand<typename Shape::T>;
+__device__ __forceinline__ void store_partial(const float (&sums)[Shape::kTiles][4], float factor,
+                                              uint32_t partials, const L2Position& at,
+                                              int column_tile) {
+  using Operand = typename Shape::Operand;
+  constexpr int kTileBytes = Shape::kTileUnits * Shape::kValueBytes;
   if constexpr (Operand::kIsFloat) {
     const int row = column_tile * Operand::kTileRows + at.c;
     if (row >= at.rows) return;
-    const uint32_t to = partials.at(step, at.warp, row) + at.g * 4;
+    const uint32_t to = partials + row * Shape::kRowBytes + at.warp * Shape::kWarpBytes + at.g * 4;
 #pragma unroll
     for (int tile = 0; tile < Shape::kTiles; tile++)
-      store_float(to + tile * 4 * kValueBytes,
-                  L2Product<Shape>::join(sums[tile]) * product.factor[tile]);
+      store_float(to + tile * kTileBytes, L2Product<Shape>::join(sums[tile]) * factor);
   } else {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int row = column_tile * Operand::kTileRows + 2 * at.c + i;
       if (row >= at.rows) return;
-      const uint32_t to = partials.at(step, at.warp, row) + at.g * kValueBytes;
+      const uint32_t to = partials + row * Shape::kRowBytes + at.warp * Shape::kWarpBytes +
+                          at.g * Shape::kValueBytes;
 #pragma unroll
       for (int tile = 0; tile < Shape::kTiles; tile++)
-        store_float2(to + tile * 8 * kValueBytes, sums[tile][i], sums[tile][2 + i]);
+        store_float2(to + tile * kTileBytes, sums[tile][i], sums[tile][2 + i]);
     }
   }
 }
 
+// r of a unit and row: the sum over the warps.
+template <class Shape>
+__device__ __forceinline__ GatePair add_partials(uint32_t partials, int row, int block_unit) {
+  const uint32_t from = partials + row * Shape::kRowBytes + block_unit * Shape::kValueBytes;
+  float2 x[kL2Warps];
+#pragma unroll
+  for (int w = 0; w < kL2Warps; w++) x[w] = load_float2(from + w * Shape::kWarpBytes);
+  return {((x[0].x + x[1].x) + (x[2].x + x[3].x)) + ((x[4].x + x[5].x) + (x[6].x + x[7].x)),
+          ((x[0].y + x[1].y) + (x[2].y + x[3].y)) + ((x[4].y + x[5].y) + (x[6].y + x[7].y))};
+}
+
 // Publishes h of a row, one unit a lane. Of four lanes the first sends all four units (float: the
 // first the high parts, the second the low parts).
-template <class T>
+template <class Shape>
 struct HiddenPublisher {
-  using Operand = L2Operand<T>;
-  Message* messages;  // of the lane, for the warp's first row
-  int cell_stride, buffer_stride;
+  using T = typename Shape::T;
+  using Operand = typename Shape::Operand;
+  static constexpr int kRowMessages = L2Product<Shape>::kRowMessages;
+
+  Message* messages;  // of the lane, for its first unit and row
+  int buffer_stride;
   bool odd, sends;
 
   __device__ __forceinline__ HiddenPublisher(char* exchange, const L2Memory& memory,
-                                             const L2Position& at, int units)
-      : cell_stride(kL2Warps * memory.chunks * Operand::kChunkMessages),
-        buffer_stride(static_cast<int>(memory.buffer_messages())),
-        odd(at.lane % 2 == 1) {
+                                             const L2Position& at)
+      : buffer_stride(memory.buffer_messages()), odd(at.lane % 2 == 1) {
     const int unit = at.block_unit0 + at.lane;
-    sends = at.lane < units && at.lane % 4 < Operand::kParts;
-    messages = reinterpret_cast<Message*>(exchange) +
-               (at.warp * memory.chunks + unit / 16) * Operand::kChunkMessages +
-               at.lane % 4 * 4 + unit % 16 / 4;
+    sends = at.lane < Shape::kUnits && at.lane % 4 < Operand::kParts;
+    messages = reinterpret_cast<Message*>(exchange) + at.warp * kRowMessages +
+               unit / 16 * Operand::kChunkMessages + at.lane % 4 * 4 + unit % 16 / 4;
   }
 
-  // By whole warps.
-  __device__ __forceinline__ void send(int cell, float h, uint32_t step) const {
+  // Of the lane's row and unit of these numbers; by whole warps.
+  __device__ __forceinline__ void send(int row, int unit, float h, uint32_t step) const {
     const float other = __shfl_xor_sync(0xffffffffu, h, 1);
     const float first = odd ? other : h, second = odd ? h : other;
     uint32_t words[2];
@@ -113,17 +113,17 @@ struct HiddenPublisher {
     words[1] = __shfl_xor_sync(0xffffffffu, words[0], 2);
     if (sends)
       Message(words[0], words[1], 1.f, step)
-          .publish(messages + (step & 1) * buffer_stride + cell * cell_stride);
+          .publish(messages + (step & 1) * buffer_stride + row * (kL2Warps * kRowMessages) +
+                   unit * (32 / 16 * Operand::kChunkMessages));
   }
 };
 
-// wx of a unit and row, step by step; each step is loaded while the one before is computed.
-template <class T>
+// wx of a unit and row, step by step: bits, since converting them would wait for the load.
 struct L2Input {
   const char* source;
   int64_t source_step;
   int gate_bytes;
-  bool is_float, exists;
+  bool exists;
 
   __device__ __forceinline__ void begin(const Recurrence& layer, const Row& row, int unit,
                                         bool exists_) {
@@ -131,18 +131,17 @@ struct L2Input {
     exists = exists_;
     source = wx.at(layer, row, 0, unit);
     source_step = wx.step_bytes(row);
-    is_float = wx.is_float();
     gate_bytes = static_cast<int>(layer.hidden) * wx.bytes();
   }
-  __device__ __forceinline__ GatePair load_next() {
-    GatePair x = {0.f, 0.f};
+  // `left`: steps from the next one on.
+  __device__ __forceinline__ uint2 load_next(bool is_float, int left) {
+    uint2 x = make_uint2(0, 0);
     if (exists) {
-      if (is_float) {
-        x.a = *reinterpret_cast<const float*>(source);
-        x.z = *reinterpret_cast<const float*>(source + gate_bytes);
-      } else if constexpr (!L2Operand<T>::kIsFloat) {
-        x.a = OperandTraits<T>::to_float(*reinterpret_cast<const uint16_t*>(source));
-        x.z = OperandTraits<T>::to_float(*reinterpret_cast<const uint16_t*>(source + gate_bytes));
+      x.x = load_bits(source, is_float);
+      x.y = load_bits(source + gate_bytes, is_float);
+      if (left > kL2Ahead) {
+        prefetch(source + kL2Ahead * source_step);
+        prefetch(source + kL2Ahead * source_step + gate_bytes);
       }
     }
     source += source_step;
@@ -150,120 +149,146 @@ struct L2Input {
   }
 };
 
-template <class T, int kUnits, int kChunks>
-__global__ void __launch_bounds__(kL2Threads, 1)
-    forward_l2_kernel(const __grid_constant__ L2Wave<PersistentForward> wave) {
-  using Shape = Shape<T, kUnits, kChunks>;
+template <class Shape>
+__device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
+  using T = typename Shape::T;
+  constexpr int kUnits = Shape::kUnits, kRowCells = Shape::kRowCells;
+  constexpr int kUnitCells = Shape::kUnitCells;
   extern __shared__ __align__(128) uint8_t shared_bytes[];
   const PersistentForward& p = wave.p;
   const Recurrence& layer = p.layer;
   const L2Position at(wave, kUnits);
-  const L2Memory memory = memory_of<T, kUnits>(at.blocks, wave.rows);
-  char* const exchange =
-      static_cast<char*>(p.exchange) + blockIdx.x / at.blocks * memory.bytes();
+  const L2Memory memory = {l2_most_rows(kUnits), L2Product<Shape>::kRowMessages, at.blocks};
+  char* const exchange = static_cast<char*>(p.exchange) + blockIdx.x / at.blocks * memory.bytes();
   const uint32_t fragments = shared_address(shared_bytes);
+  const uint32_t partials = fragments + Shape::kSharedBytes;
 
   L2Product<Shape> product(exchange, memory, at, fragments);
-  product.load_weights(WeightRows<T>{static_cast<const T*>(p.u), at.hidden_size, at.block_unit0,
-                                     at.g, at.c});
-  const L2Partials<T> partials(fragments + Shape::kSharedBytes, kUnits, kValueBytes, wave.rows);
-  const HiddenPublisher<T> publisher(exchange, memory, at, kUnits);
+  product.load_weights(
+      WeightRows<T>{static_cast<const T*>(p.u), at.hidden_size, at.block_unit0, at.g, at.c});
+  const HiddenPublisher<Shape> publisher(exchange, memory, at);
   const GroupSums squares(exchange, memory, at);
 
-  const int unit = at.block_unit0 + at.lane;
-  const bool in_range = at.lane < kUnits && unit < at.hidden_size;
-  const int lane_unit = in_range ? unit : 0;
-  const bool layer_norm = layer.layer_norm;
-  UnitParameters parameters;
-  if (layer_norm && in_range) parameters.load(layer, unit);
-  UnitState state[kL2Cells];
-  L2Input<T> input[kL2Cells];
-  GatePair wx[kL2Cells];
-  HiddenOutput output[kL2Cells];
-  RhoOutput rho_output[kL2Cells];
+  // Cells [row][unit] of the lane.
+  const bool layer_norm = layer.layer_norm, wx_float = layer.wx_type == DType::kFloat32;
+  const int steps = static_cast<int>(layer.time);
+  bool in_range[kUnitCells];
+  UnitParameters parameters[kUnitCells];
+  UnitState state[kRowCells][kUnitCells];
+  L2Input input[kRowCells][kUnitCells];
+  uint2 wx[kRowCells][kUnitCells];
+  HiddenOutput output[kRowCells][kUnitCells];
+  int rho_index[kRowCells];
 #pragma unroll
-  for (int i = 0; i < kL2Cells; i++) {
-    const bool has_row = at.row_of_cell(i) < at.rows;
-    const Row row = locate_row(layer, at.row0 + (has_row ? at.row_of_cell(i) : 0));
-    if (has_row && in_range) state[i].load(layer, row, unit);
-    input[i].begin(layer, row, lane_unit, has_row && in_range);
-    output[i] = HiddenOutput(p, row, lane_unit, has_row && in_range);
-    rho_output[i] = RhoOutput(p, row, layer_norm && has_row && at.rank == 0 && at.lane == 0);
-    if (has_row) publisher.send(i, state[i].h, 1);
-    wx[i] = input[i].load_next();
+  for (int u = 0; u < kUnitCells; u++) {
+    const int unit = at.block_unit0 + 32 * u + at.lane;
+    in_range[u] = at.lane < kUnits && unit < at.hidden_size;
+    if (layer_norm && in_range[u]) parameters[u].load(layer, unit);
   }
+#pragma unroll
+  for (int i = 0; i < kRowCells; i++) {
+    if (!at.has_row(i)) break;
+    const Row row = locate_row(layer, at.row0 + at.row_of(i));
+    rho_index[i] = static_cast<int>(row.index * layer.time + layer.time_of(row.index, 0));
+#pragma unroll
+    for (int u = 0; u < kUnitCells; u++) {
+      const int unit = in_range[u] ? at.block_unit0 + 32 * u + at.lane : 0;
+      state[i][u] = {};
+      if (in_range[u]) state[i][u].load(layer, row, unit);
+      input[i][u].begin(layer, row, unit, in_range[u]);
+      output[i][u] = HiddenOutput(p, row, unit, in_range[u]);
+      publisher.send(i, u, state[i][u].h, 1);
+      wx[i][u] = input[i][u].load_next(wx_float, steps);
+    }
+  }
+  const bool stores_rho = layer_norm && at.rank == 0 && at.lane == 0;
   const RootMeanSquare mean(layer);
   const Activation activation = layer.activation;
-  const int steps = static_cast<int>(layer.time);
   __syncthreads();  // the fragments in shared memory
 
 #pragma unroll 1
   for (int t = 0; t < steps; t++) {
     const uint32_t step = static_cast<uint32_t>(t) + 1;
-    for (int tile = 0; tile < product.column_tiles(); tile++) {
-      float sums[Shape::kTiles][4] = {};
-      product.template multiply_received<false>(sums, tile, step);
-      store_partial(product, sums, partials, at, tile, step);
-    }
+    product.template run<false>(step, [&](int tile, const float (&sums)[Shape::kTiles][4]) {
+      store_partial<Shape>(sums, product.factor, partials, at, tile);
+    });
     __syncthreads();
 
-    GatePair r[kL2Cells];
+    GatePair r[kRowCells][kUnitCells];
+    float rho[kRowCells];
 #pragma unroll
-    for (int i = 0; i < kL2Cells; i++) {
-      const int row = at.row_of_cell(i);
-      if (row >= at.rows) break;
-      float2 parts[kL2Warps];
+    for (int i = 0; i < kRowCells; i++) {
+      if (!at.has_row(i)) break;
+      float square = 0.f;
 #pragma unroll
-      for (int w = 0; w < kL2Warps; w++)
-        parts[w] = load_float2(partials.at(step, w, row) + at.lane % kUnits * kValueBytes);
-      r[i] = {((parts[0].x + parts[1].x) + (parts[2].x + parts[3].x)) +
-                  ((parts[4].x + parts[5].x) + (parts[6].x + parts[7].x)),
-              ((parts[0].y + parts[1].y) + (parts[2].y + parts[3].y)) +
-                  ((parts[4].y + parts[5].y) + (parts[6].y + parts[7].y))};
-      if (layer_norm)
-        squares.send(i, in_range ? fmaf(r[i].a, r[i].a, r[i].z * r[i].z) : 0.f, at.lane, step);
+      for (int u = 0; u < kUnitCells; u++) {
+        r[i][u] = add_partials<Shape>(partials, at.row_of(i), (32 * u + at.lane) % kUnits);
+        if (in_range[u]) square = fmaf(r[i][u].a, r[i][u].a, fmaf(r[i][u].z, r[i][u].z, square));
+      }
+      if (layer_norm) squares.send(i, square, at.lane, step);
     }
 #pragma unroll
-    for (int i = 0; i < kL2Cells; i++) {
-      if (at.row_of_cell(i) >= at.rows) break;
-      float rho = 1.f;
-      if (layer_norm) {
-        scale_and_shift(parameters, wx[i], r[i]);
-        rho = mean.rho(squares.receive(i, at.lane, step));
+    for (int i = 0; i < kRowCells; i++) {
+      if (!at.has_row(i)) break;
+      GatePair wx_t[kUnitCells];
+#pragma unroll
+      for (int u = 0; u < kUnitCells; u++) {
+        wx_t[u] = {from_bits<T>(wx[i][u].x, wx_float), from_bits<T>(wx[i][u].y, wx_float)};
+        if (layer_norm) scale_and_shift(parameters[u], wx_t[u], r[i][u]);
       }
-      update(state[i], activation, wx[i], r[i], rho);
-      if (!in_range) state[i].h = 0.f;
-      if (t + 1 < steps) publisher.send(i, state[i].h, step + 1);
-      if constexpr (L2Operand<T>::kIsFloat)
-        output[i].store_float(state[i].h);
-      else
-        output[i].template store<T>(state[i].h);
-      rho_output[i].store(rho);
-      if (t + 1 < steps) wx[i] = input[i].load_next();
+      rho[i] = 1.f;
+      if (layer_norm) rho[i] = mean.rho(squares.receive(i, at.lane, step, {}));
+#pragma unroll
+      for (int u = 0; u < kUnitCells; u++) {
+        update(state[i][u], activation, wx_t[u], r[i][u], rho[i]);
+        if (!in_range[u]) state[i][u].h = 0.f;
+        if (t + 1 < steps) publisher.send(i, u, state[i][u].h, step + 1);
+      }
+    }
+    __syncthreads();  // so that nobody looks for h before there can be any
+#pragma unroll
+    for (int i = 0; i < kRowCells; i++) {
+      if (!at.has_row(i)) break;
+      if (stores_rho) p.rho[rho_index[i]] = rho[i];
+      rho_index[i] += input[i][0].source_step < 0 ? -1 : 1;
+#pragma unroll
+      for (int u = 0; u < kUnitCells; u++) {
+        if constexpr (L2Operand<T>::kIsFloat)
+          output[i][u].store_float(state[i][u].h);
+        else
+          output[i][u].template store<T>(state[i][u].h);
+        if (t + 1 < steps) wx[i][u] = input[i][u].load_next(wx_float, steps - t - 1);
+      }
     }
   }
 }
 
-template <class T, int kUnits, int kChunks>
+template <class Shape>
+__global__ void __launch_bounds__(kL2Threads, 1)
+    forward_l2_kernel(const __grid_constant__ L2Wave<PersistentForward> wave) {
+  if constexpr (Shape::Operand::kExists) forward<Shape>(wave);
+}
+
+template <class T, int kUnits, int kCapacity>
 cudaError_t launch(const PersistentForward& p, cudaStream_t stream) {
-  using Shape = Shape<T, kUnits, kChunks>;
-  const L2Memory memory = memory_of<T, kUnits>(p.choice.group, p.choice.rows);
-  const int partial_bytes = L2Partials<T>(0, kUnits, kValueBytes, p.choice.rows).bytes();
-  return run_waves(forward_l2_kernel<T, kUnits, kChunks>, p, memory,
-                   Shape::kSharedBytes + partial_bytes, stream);
+  using Shape = L2Shape<T, Direction::kForward, kUnits, kCapacity>;
+  return run_waves(forward_l2_kernel<Shape>, p, Direction::kForward,
+                   Shape::kSharedBytes + p.choice.rows * Shape::kRowBytes, stream);
 }
 
 template <class T>
 cudaError_t launch(const PersistentForward& p, cudaStream_t stream) {
-  const int hidden = p.choice.padded_hidden();
-  if (p.choice.units == 16) {
-    constexpr int kLargest = L2Operand<T>::kIsFloat ? 1024 : 2048;
-    return launch<T, 16, kLargest / 16 / kL2Warps>(p, stream);
+  constexpr bool kIsFloat = L2Operand<T>::kIsFloat;
+  const int capacity = p.choice.padded_hidden();
+  if (p.choice.units == 16) return launch<T, 16, kIsFloat ? 1024 : 2048>(p, stream);
+  if constexpr (!kIsFloat) {
+    if (p.choice.units == 64)
+      return capacity == 512 ? launch<T, 64, 512>(p, stream) : launch<T, 64, 1024>(p, stream);
+    if (capacity == 2048) return launch<T, 32, 2048>(p, stream);
   }
-  if (hidden <= 256) return launch<T, 32, 2>(p, stream);
-  if (hidden <= 512) return launch<T, 32, 4>(p, stream);
-  if (hidden <= 1024) return launch<T, 32, 8>(p, stream);
-  if constexpr (!L2Operand<T>::kIsFloat) return launch<T, 32, 16>(p, stream);
+  if (capacity == 256) return launch<T, 32, 256>(p, stream);
+  if (capacity == 512) return launch<T, 32, 512>(p, stream);
+  if (capacity == 1024) return launch<T, 32, 1024>(p, stream);
   return cudaErrorInvalidValue;
 }
 

@@ -6,9 +6,7 @@ namespace sb_fast_sligru {
 
 int64_t exchange_bytes(const KernelChoice& choice, const Recurrence& layer, Direction direction) {
   if (choice.kernel != Kernel::kL2) return 0;
-  const L2Memory memory =
-      l2_memory(direction, layer.operand_type == DType::kFloat32, choice.padded_hidden(),
-                choice.group, choice.rows);
+  const L2Memory memory = l2_memory(direction, layer.operand_type == DType::kFloat32, choice);
   return l2_groups(choice, layer.rows()) * memory.bytes();
 }
 

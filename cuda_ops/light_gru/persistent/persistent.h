@@ -27,8 +27,8 @@ struct PersistentForward {
   Recurrence layer;  // wx and both its strides in bytes: multiples of 16
   const void* u;     // [2H, H] operand type; with layer_norm its columns were centred before they
   // were rounded. If packed_bytes(choice.kernel) is not 0: pack_forward()'s result
-  void* h;     // [B, T, D * H] output type, contiguous; written
-  float* rho;  // [R, T] at true time, written; null without layer_norm
+  void* h;         // [B, T, D * H] output type, contiguous; written
+  float* rho;      // [R, T] at true time, written; null without layer_norm
   void* exchange;  // exchange_bytes()
   KernelChoice choice;
 };
