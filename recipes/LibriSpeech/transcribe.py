@@ -81,7 +81,7 @@ def main(arguments=None):
     for file, text, error, seconds in bar:
         with tqdm.external_write_mode():
             if error is None:
-                print(f"{printable(file)}\t", end="")
+                print(f"{printable(file)}\t", end="", flush=True)
                 for piece in [text] if isinstance(text, str) else text:
                     print(piece, end="", flush=True)
                 print(flush=True)
