@@ -53,9 +53,11 @@ try:
 
     RNN.SLiGRU_Layer  # noqa: B018  not in SpeechBrain 1.0
     from speechbrain.decoders import scorer, seq2seq  # noqa: F401
+    from speechbrain.lobes import features  # noqa: F401
     from speechbrain.lobes.models import CRDNN  # noqa: F401
     from speechbrain.nnet import (  # noqa: F401
         CNN,
+        activations,
         containers,
         dropout,
         embedding,
@@ -63,5 +65,6 @@ try:
         normalization,
         pooling,
     )
+    from speechbrain.processing.features import InputNormalization  # noqa: F401
 except Exception as error:  # torchaudio raises OSError, RuntimeError and others
     raise ImportError(explain(error)) from error

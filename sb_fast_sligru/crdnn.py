@@ -156,16 +156,11 @@ class CRDNN(stock.CRDNN):
         return ""
 
     def _steps(self):
-        """What the CNN computes: a list of `_Step`."""
-        steps = []
-        for block in self.CNN.values():
-            for i in (1, 2):
-                conv, norm, act = (block[f"{part}_{i}"] for part in ("conv", "norm", "act"))
-                steps.append(_Step(conv.conv, norm.norm, act.negative_slope, (1, 1), None))
-            steps[-1] = steps[-1]._replace(pool=_windows(block.pooling), drop=block.drop.drop)
+        """What the CNN computes: a list of `Step`."""
+        steps = [step for block in self.CNN.values() for step in block_steps(block)]
         if "time_pooling" in self:
             time, frequency = steps[-1].pool
-            time *= _windows(self.time_pooling)[0]
+            time *= pool_windows(self.time_pooling)[0]
             steps[-1] = steps[-1]._replace(pool=(time, frequency))
         return steps
 
@@ -178,28 +173,15 @@ class CRDNN(stock.CRDNN):
         x = F.pad(x, (1, 1, 1, 1), mode="reflect").permute(0, 2, 3, 1)
         x = F.pad(x, (0, 0, 0, 0, 0, _rows(x, frames + 2) - frames - 2)).contiguous()
         for step in steps:
-            # Weights are [out, in, F, T], the convolution is over [B, channels, T, F].
-            weight = step.conv.weight.transpose(2, 3)
-            if _is_on_gpu(x) and x.shape[3] == 1:
-                x = _convolve_one_channel(x, weight)
-            else:  # both as views of tensors whose channels lie next to each other
-                weight = weight.contiguous(memory_format=torch.channels_last)
-                x = F.conv2d(x.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1)
+            x = step.convolve(x)
             # Under autocast SpeechBrain's LayerNorm returns float32 on a GPU.
             dtype = x.dtype
             if x.is_cuda and dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
                 dtype = torch.float32
             last = step is steps[-1]
-            x = ops.norm_pool(
+            x = step.norm_pool(
                 x,
-                step.conv.bias,
-                step.norm.weight,
-                step.norm.bias,
                 self._draw_mask(step, x, dtype),
-                eps=step.norm.eps,
-                negative_slope=step.slope,
-                pool_time=step.pool[0],
-                pool_frequency=step.pool[1],
                 halo=not last,
                 out_dtype=dtype if last else x.dtype,
                 frames=frames,
@@ -267,8 +249,8 @@ def build(crdnn_class, **arguments):
     return build_module("crdnn_class", crdnn_class, arguments)
 
 
-class _Step(NamedTuple):
-    """A convolution and what follows until the next."""
+class Step(NamedTuple):
+    """A convolution of 3 x 3 and what follows until the next."""
 
     conv: nn.Conv2d
     norm: nn.LayerNorm
@@ -277,6 +259,62 @@ class _Step(NamedTuple):
     pool: tuple
     """Frames and frequencies of a window."""
     drop: nn.Dropout2d | None
+
+    def convolve(self, x):
+        """The convolution alone, without its bias.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [B, T + 2, F + 2, C], with a border.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, T, F, channels].
+        """
+        # Weights are [out, in, F, T], the convolution is over [B, channels, T, F].
+        weight = self.conv.weight.transpose(2, 3)
+        if _is_on_gpu(x) and x.shape[3] == 1:
+            return _convolve_one_channel(x, weight)
+        # Both as views of tensors whose channels lie next to each other.
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1)
+
+    def norm_pool(self, x, drop_mask=None, **options):
+        """What follows it, by :func:`ops.norm_pool`, whose arguments these are."""
+        return ops.norm_pool(
+            x,
+            self.conv.bias,
+            self.norm.weight,
+            self.norm.bias,
+            drop_mask,
+            eps=self.norm.eps,
+            negative_slope=self.slope,
+            pool_time=self.pool[0],
+            pool_frequency=self.pool[1],
+            **options,
+        )
+
+
+def block_steps(block):
+    """What a block of convolutions computes.
+
+    Arguments
+    ---------
+    block : speechbrain.lobes.models.CRDNN.CNN_Block
+        Of a CRDNN whose CNN runs on our kernels.
+
+    Returns
+    -------
+    list of Step
+    """
+    steps = []
+    for i in (1, 2):
+        conv, norm, act = (block[f"{part}_{i}"] for part in ("conv", "norm", "act"))
+        steps.append(Step(conv.conv, norm.norm, act.negative_slope, (1, 1), None))
+    steps[-1] = steps[-1]._replace(pool=pool_windows(block.pooling), drop=block.drop.drop)
+    return steps
 
 
 # The layers of a block -> what each is, outermost first.
@@ -329,13 +367,23 @@ def _part_obstacle(name, part, kinds):
             return f"{name} has no {'weight' if inner.weight is None else 'bias'}"
         if isinstance(inner, nn.Conv2d) and inner.out_channels == 1:
             return f"{name} has one channel"  # whose axis SpeechBrain removes
-        if isinstance(inner, nn.MaxPool2d) and _windows(part) is None:
+        if isinstance(inner, nn.MaxPool2d) and pool_windows(part) is None:
             return f"the windows of {name} are not those of SpeechBrain's CRDNN"
     return ""
 
 
-def _windows(part):
-    """Frames and frequencies of the windows of a pooling layer, None if they are not plain."""
+def pool_windows(part):
+    """What a pooling layer takes together.
+
+    Arguments
+    ---------
+    part : speechbrain.nnet.pooling.Pooling1d or Pooling2d
+
+    Returns
+    -------
+    tuple of int, or None
+        Frames and frequencies; None if its windows are not plain.
+    """
     pool = part.pool_layer
 
     def pair(value):

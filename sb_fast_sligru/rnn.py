@@ -80,7 +80,16 @@ class _LightGRULayer:
             if obstacle:
                 return self._run_loop(x, hx, obstacle)
         h0 = self.h_init if hx is None else hx.reshape(-1, self.hidden_size)
-        return self._recurrence(self._normalise(self.w(x)), h0, self._draw_drop_mask(rows))
+        wx = self.w(x) if torch.jit.is_scripting() else self._project(x)
+        return self._recurrence(self._normalise(wx), h0, self._draw_drop_mask(rows))
+
+    @torch.jit.unused
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        """W x of all steps, [B, T, 2H]; a chunk of a stream has few."""
+        if not is_plain(self.w, nn.Linear) or x.dtype != self.w.weight.dtype:
+            return self.w(x)  # or tells what is wrong
+        wx = ops.few_rows_linear(x.flatten(0, 1), self.w.weight, self.w.bias)
+        return wx.unflatten(0, x.shape[:2])
 
     @torch.jit.unused
     def _obstacle(self) -> str:

@@ -147,6 +147,12 @@ def speechbrain(monkeypatch):
         monkeypatch.setattr(metadata, "version", pretended)
         monkeypatch.setitem(sys.modules, "speechbrain.nnet", rnn)
         monkeypatch.setitem(sys.modules, "speechbrain", types.ModuleType("speechbrain"))
+        lobes = types.ModuleType("speechbrain.lobes")
+        lobes.features = None
+        monkeypatch.setitem(sys.modules, "speechbrain.lobes", lobes)
+        features = types.ModuleType("speechbrain.processing.features")
+        features.InputNormalization = None
+        monkeypatch.setitem(sys.modules, "speechbrain.processing.features", features)
         models = types.ModuleType("speechbrain.lobes.models")
         models.CRDNN = None
         monkeypatch.setitem(sys.modules, "speechbrain.lobes.models", models)
@@ -190,6 +196,7 @@ def old_speechbrain():
     nnet.RNN = types.ModuleType("speechbrain.nnet.RNN")  # without SLiGRU
     for name in (
         "CNN",
+        "activations",
         "containers",
         "dropout",
         "embedding",

@@ -566,6 +566,59 @@ def test_error_is_no_larger_than_speechbrains(cell, dtype, autocast, bidirection
         assert ours <= 2 * theirs, f"{name}: {ours:.1e}, SpeechBrain's {theirs:.1e}"
 
 
+# Streams ---------------------------------------------------------------------------------------
+
+CUTS = [1, 4, 1, 2, 9, 13]  # steps of each chunk
+
+
+def in_chunks(net, x):
+    """Output and hidden state of `net`, whose state each chunk hands on to the next."""
+    outputs, hx = [], None
+    for chunk in x.split(CUTS, 1):
+        output, hx = net(chunk, hx=hx)
+        outputs.append(output)
+    return torch.cat(outputs, 1), hx
+
+
+@either_device
+@either_cell
+@pytest.mark.parametrize("nonlinearity", ["relu", "tanh", "sin", "leaky_relu"])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("features", [(FEATURES,), (2, 4)], ids=["3-D", "4-D"])
+def test_chunks_are_one_pass(cell, nonlinearity, layers, features, device):
+    """SpeechBrain's, over the whole sequence."""
+    shape = (BATCH, sum(CUTS), *features)
+    arguments = {"nonlinearity": nonlinearity, "num_layers": layers, "shape": shape}
+    theirs, ours = (net.eval() for net in build_pair(cell, device, **arguments))
+    x = torch.randn(shape, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for actual, expected in zip(in_chunks(ours, x), theirs(x), strict=True):
+            assert relative_error(actual, expected) < 1e-12
+
+
+@either_device
+@either_cell
+@pytest.mark.parametrize("nonlinearity", ["relu", "tanh", "sin", "leaky_relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_chunks_err_no_more_than_one_pass(cell, nonlinearity, dtype, device):
+    """Root mean square over a few networks; a state that is handed on is rounded once more."""
+    shape = (BATCH, sum(CUTS), 16)
+    arguments = {"hidden_size": 24, "num_layers": 2, "nonlinearity": nonlinearity, "shape": shape}
+    squares = torch.zeros(2, 2)  # of output and state, in chunks and in one pass
+    for seed in range(NETWORKS):
+        exact, _ = build_pair(cell, device, seed=seed, **arguments)
+        _, ours = build_pair(cell, device, dtype, seed=seed, **arguments)
+        x = torch.randn(shape, dtype=dtype, device=device)
+        with torch.no_grad():
+            expected = exact.eval()(x.double())
+            for row, results in enumerate((in_chunks(ours.eval(), x), ours(x))):
+                for column, (actual, exactly) in enumerate(zip(results, expected, strict=True)):
+                    assert actual.dtype == dtype
+                    squares[row, column] += relative_error(actual, exactly) ** 2
+    chunks, one_pass = squares.sqrt()
+    assert (chunks <= 3 * one_pass).all(), f"{chunks} where one pass has {one_pass}"
+
+
 # State -----------------------------------------------------------------------------------------
 
 

@@ -42,9 +42,15 @@ SLIGRU_HD void forward_rows(const ForwardStep& p, int64_t step, int64_t begin, i
     for (int64_t j = 0; j < 2 * H; ++j) y[j] = r[j * p.r_unit_stride];
 
     if (layer.layer_norm) {
-      T squares = 0;
+      T sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < 2 * H; ++j) sum += y[j];
+      const T mean = sum / T(2 * H);
 #pragma omp simd reduction(+ : squares)
-      for (int64_t j = 0; j < 2 * H; ++j) squares += y[j] * y[j];
+      for (int64_t j = 0; j < 2 * H; ++j) {
+        y[j] -= mean;
+        squares += y[j] * y[j];
+      }
       const T rho = T(1) / std::sqrt(squares / T(2 * H) + T(layer.eps));
       at<T>(p.rho, row * layer.time)[t] = rho;
       normalise_row(y, rho, at<T>(layer.ln_weight, 0), at<T>(layer.ln_bias, 0), 2 * H, y);

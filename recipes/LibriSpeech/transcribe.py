@@ -15,6 +15,10 @@ in seconds, for CTC too, which needs none.
 Files are transcribed one at a time, in the order given, or by `--max_batch_length` the longest
 first in batches of so many seconds, whose searches are made together: the texts are the same, and
 with attention come sooner where there are many.
+
+`--stream` gives a file to the recogniser as if it were being spoken, and prints each piece of its
+text as soon as it is known: together the same text. It takes a recogniser that hears no more of the
+future than a moment, such as hparams/librispeech_ctc_streaming.yaml trains.
 """
 
 import argparse
@@ -26,6 +30,7 @@ from tqdm import tqdm
 
 from sligru_recipes.inference.audio import find_audio, printable
 from sligru_recipes.inference.recogniser import load_recogniser
+from sligru_recipes.inference.stream import StreamingTranscriber
 from sligru_recipes.inference.transcribe import longest_recording, transcribe
 
 
@@ -45,11 +50,17 @@ def main(arguments=None):
         help="s; longer recordings are cut (default: training's longest utterance; CTC: never)",
     )
     parser.add_argument(
+        "--stream", action="store_true", help="print a file's text piece by piece as it is heard"
+    )
+    parser.add_argument(
         "--trust", action="store_true", help="load the folder's YAML even if it can run any code"
     )
     options = parser.parse_args(arguments)
+    if options.stream and (options.max_batch_length or options.max_segment_length):
+        parser.error("--stream hears one file at a time, and all of it: it takes no lengths")
     try:
         recogniser = load_recogniser(options.folder, options.device, options.trust)
+        transcriber = StreamingTranscriber(recogniser) if options.stream else None
     except (OSError, ValueError) as error:
         sys.exit(f"transcribe: {error}")
     longest = options.max_segment_length or longest_recording(recogniser)
@@ -60,14 +71,20 @@ def main(arguments=None):
     files, errors = find_audio(options.audio)
     for path, error in errors.items():
         _report(f"{printable(path)}: {error}")
-    done = transcribe(recogniser, files, options.max_batch_length or 0.0, longest)
+    if transcriber:
+        done = transcriber.transcribe_files(files)
+    else:
+        done = transcribe(recogniser, files, options.max_batch_length or 0.0, longest)
     failed, heard, start = bool(errors), 0.0, time.monotonic()
-    for file, text, error, seconds in tqdm(
-        done, "transcribing", len(files), unit="file", disable=None
-    ):
+    # A bar would be in the way of a line that is not complete.
+    bar = tqdm(done, "transcribing", len(files), unit="file", disable=True if transcriber else None)
+    for file, text, error, seconds in bar:
         with tqdm.external_write_mode():
             if error is None:
-                print(f"{printable(file)}\t{text}", flush=True)
+                print(f"{printable(file)}\t", end="", flush=True)
+                for piece in [text] if isinstance(text, str) else text:
+                    print(piece, end="", flush=True)
+                print(flush=True)
                 heard += seconds
             else:
                 _report(f"{printable(file)}: {error}")

@@ -17,6 +17,7 @@ FOR_ASR = (*FOR_ALL, "data.py", "tokenizer.py", "recogniser.py")
 # YAML -> the files that use its keys, and those that use some of them
 YAMLS = {
     "librispeech_ctc.yaml": ((*FOR_ASR, "ctc.py"), ()),
+    "librispeech_ctc_streaming.yaml": ((*FOR_ASR, "ctc.py"), ()),
     "librispeech_seq2seq.yaml": ((*FOR_ASR, "seq2seq.py"), ()),
     "librispeech_lm.yaml": ((*FOR_ALL, "language_model.py"), ("data.py", "tokenizer.py")),
 }
@@ -27,6 +28,13 @@ MEANT_TO_DIFFER = {
     "modules": "seq2seq has a decoder too",
     "model": "seq2seq has a decoder too",
     "wav_augment": "seq2seq adds to a batch, as SpeechBrain's configuration does; CTC replaces it",
+}
+STREAMING = {
+    "output_folder": "each recipe has its own",
+    "compute_features": "a stream does not know its loudest frame",
+    "rnn_bidirectional": "nor its end",
+    "cnn_channels": "a chunk must not take a CPU longer than it lasts",
+    "rnn_neurons": "likewise",
 }
 
 
@@ -47,6 +55,13 @@ def test_recognisers_share_their_values():
     assert seq2seq.keys() == yaml_keys("librispeech_seq2seq.yaml")
     different = {key for key in ctc.keys() & seq2seq.keys() if ctc[key] != seq2seq[key]}
     assert different == MEANT_TO_DIFFER.keys()
+
+
+def test_the_streaming_recogniser_is_the_other_but_for_what_streams_need():
+    names = ("librispeech_ctc.yaml", "librispeech_ctc_streaming.yaml")
+    ctc, streaming = map(values, names)
+    assert ctc.keys() == streaming.keys() == yaml_keys(names[1])
+    assert {key for key in ctc if ctc[key] != streaming[key]} == STREAMING.keys()
 
 
 @pytest.mark.parametrize("recipe", ["ctc", "seq2seq"])

@@ -27,6 +27,7 @@ from sligru_recipes.inference.batches import treats_utterances_alone
 from sligru_recipes.inference.export import _entries, _needed, export
 from sligru_recipes.inference.frames import count_frames
 from sligru_recipes.inference.recogniser import KNOWN, check_tags, load_recogniser
+from sligru_recipes.inference.stream import StreamingTranscriber
 from sligru_recipes.inference.transcribe import _batches, transcribe
 from sligru_recipes.training import brain
 from sligru_recipes.training.data import load_manifest
@@ -324,10 +325,11 @@ def test_export_tells_the_longest_utterance_of_training(run, recogniser, audio, 
 # What a folder's YAML may name
 
 
-def test_yaml_of_the_recipes_is_known(exported, seq2seq_run_with_language_model):
+def test_yaml_of_the_recipes_is_known(exported, streaming_run, seq2seq_run_with_language_model):
     """Also where another YAML was loaded before: HyperPyYAML then sees tuples at once."""
     yaml = ""
-    for folder in (exported, seq2seq_run_with_language_model / "inference"):
+    runs = (streaming_run, seq2seq_run_with_language_model)
+    for folder in (exported, *(run / "inference" for run in runs)):
         check_tags(folder / "hyperparams.yaml")
         yaml += (folder / "hyperparams.yaml").read_text()
     named = {name for _, name in re.findall("!(new|name):([\\w.]+)", yaml)}
@@ -849,6 +851,133 @@ def test_folders_that_do_not_tell_their_longest_utterance(
     assert "does not tell its longest utterance of training: nothing is cut" in captured.err
 
 
+# Streams
+
+
+@pytest.fixture(scope="module")
+def streaming_run(corpus, tmp_path_factory):
+    folder, epochs = tmp_path_factory.mktemp("streaming"), ["--number_of_epochs=22"]
+    return train(train_ctc, "librispeech_ctc_streaming.yaml", corpus, folder, *CTC, *epochs)
+
+
+@pytest.fixture(scope="module")
+def streaming_recogniser(streaming_run):
+    return load_recogniser(streaming_run / "inference", "cpu")
+
+
+def chunks_of(recogniser, file, size):
+    return audio_files.read_audio(file, recogniser.audio_normalizer).split(size)
+
+
+@pytest.mark.parametrize("size", [160, 640, 1000, 10**6])
+def test_pieces_make_the_text_of_the_run_s_test(streaming_run, streaming_recogniser, audio, size):
+    transcriber = StreamingTranscriber(streaming_recogniser)
+    expected = hypotheses(streaming_run)
+    assert len(expected) == len(audio) and len(set(expected.values())) >= 3
+    for file in audio:
+        chunks = chunks_of(streaming_recogniser, file, size)
+        pieces = list(transcriber.transcribe(chunks))
+        assert len(pieces) == len(chunks) + 1
+        assert " ".join("".join(pieces).split()) == expected[file.stem]
+        assert "".join(pieces) == streaming_recogniser.transcribe_file(str(file))
+
+
+def test_pieces_come_while_the_file_is_heard(streaming_recogniser, audio):
+    """None says more than what was heard so far does, nor does it come late."""
+    transcriber = StreamingTranscriber(streaming_recogniser)
+    chunks, heard = chunks_of(streaming_recogniser, audio[0], 640), []
+    texts = []
+    for piece in transcriber.transcribe(chunk for chunk in chunks if not heard.append(chunk)):
+        texts.append((len(heard), piece))
+    assert [count for count, _ in texts] == [*range(1, len(chunks) + 1), len(chunks)]
+    middle = len(chunks) // 2
+    assert (
+        2
+        <= len("".join(piece for _, piece in texts[:middle]).split())
+        < len("".join(piece for _, piece in texts).split())
+    )
+
+
+def test_a_token_across_two_chunks_is_one_and_a_space_stays():
+    """By a recogniser that hears a token in each sample, and spells it."""
+    letters = ["", "\u2581A", "B", "\u2581"]
+
+    class Tokenizer:
+        def decode_ids(self, tokens):
+            return "".join(letters[token] for token in tokens).replace("\u2581", " ").lstrip()
+
+    transcriber = StreamingTranscriber.__new__(StreamingTranscriber)
+    transcriber.recogniser = SimpleNamespace(
+        device="cpu",
+        tokenizer=Tokenizer(),
+        decoding_function=lambda states, lengths: sb.decoders.ctc_greedy_decode(
+            states, lengths, blank_id=0
+        ),
+        audio_normalizer=SimpleNamespace(sample_rate=0),
+        mods=SimpleNamespace(
+            encoder=SimpleNamespace(
+                compute_features=SimpleNamespace(compute_STFT=SimpleNamespace(hop_length=0)),
+                enc=None,
+            )
+        ),
+    )
+
+    class Encoder:
+        def make_streaming_context(self):
+            return SimpleNamespace(samples=0)
+
+        def __call__(self, chunk, context, is_last):
+            context.samples += chunk.shape[1]
+            return torch.nn.functional.one_hot(chunk.long(), len(letters)).float()
+
+    transcriber.encoder = Encoder()
+    for stream in ([1, 1, 2, 0, 2, 1, 3, 3, 1], [3, 1, 1, 0, 1], [3, 3, 2, 3, 0, 3, 1], [0, 0]):
+        tokens = sb.decoders.ctc.filter_ctc_output(stream, blank_id=0)
+        expected = Tokenizer().decode_ids(tokens)
+        for size in range(1, len(stream) + 1):
+            chunks = torch.tensor(stream, dtype=torch.float32).split(size)
+            assert "".join(transcriber.transcribe(chunks)) == expected
+
+
+def test_command_line_prints_streams_as_it_does_files(streaming_run, audio, capsys):
+    options = [str(streaming_run / "inference"), *map(str, audio), "--device=cpu"]
+    transcribe_files(options)
+    expected = capsys.readouterr()
+    transcribe_files([*options, "--stream"])
+    found = capsys.readouterr()
+    assert found.out == expected.out and found.out.count("\t") == len(audio)
+    assert last_line(found.err)[0] == last_line(expected.err)[0]
+
+
+@pytest.mark.parametrize("samples", [np.full(1, 0.1), np.full(400, 0.1), np.zeros(16000)])
+def test_a_moment_of_a_stream_is_no_error(streaming_recogniser, tmp_path, samples):
+    file = tmp_path / "short.wav"
+    soundfile.write(file, samples, 16000)
+    (done,) = StreamingTranscriber(streaming_recogniser).transcribe_files([file])
+    assert "".join(done.text) == transcribed(streaming_recogniser, [file])[file]
+
+
+@pytest.mark.parametrize(
+    ("fixture", "reason"),
+    [
+        ("exported", "encoder: compute_features is a .*Fbank, whose floor .* take StreamingFbank"),
+        ("seq2seq_exported", "its decoder attends to whole utterances"),
+    ],
+)
+def test_recognisers_that_cannot_hear_a_stream(request, fixture, reason, audio):
+    folder = request.getfixturevalue(fixture)
+    message = f"^transcribe: this recogniser cannot hear a stream: {reason}$"
+    with pytest.raises(SystemExit, match=message):
+        transcribe_files([str(folder), str(audio[0]), "--device=cpu", "--stream"])
+
+
+@pytest.mark.parametrize("option", ["--max_batch_length=9", "--max_segment_length=9"])
+def test_a_stream_has_no_lengths(option, capsys):
+    with pytest.raises(SystemExit):
+        transcribe_files(["folder", "file.wav", "--stream", option])
+    assert "--stream hears one file at a time" in capsys.readouterr().err
+
+
 # Files and names that are not as they should be
 
 
@@ -892,13 +1021,16 @@ def damaged(audio, folder):
     }
 
 
-@pytest.mark.parametrize("batch", [(), ("--max_batch_length=20",)])
-def test_bad_files_are_named_and_the_rest_is_transcribed(exported, audio, tmp_path, capsys, batch):
+@pytest.mark.parametrize("options", [(), ("--max_batch_length=20",), ("--stream",)])
+def test_bad_files_are_named_and_the_rest_is_transcribed(
+    streaming_run, audio, tmp_path, capsys, options
+):
     bad = damaged(audio, tmp_path)
     paths = [str(tmp_path / name) for name in bad]
     paths[2:2] = [str(audio[0])]
     with pytest.raises(SystemExit) as stopped:
-        transcribe_files([str(exported), *paths, str(audio[1]), "--device=cpu", *batch])
+        folder = str(streaming_run / "inference")
+        transcribe_files([folder, *paths, str(audio[1]), "--device=cpu", *options])
     assert stopped.value.code == 1
     captured = capsys.readouterr()
     names = [line.split("\t")[0] for line in captured.out.splitlines()]

@@ -1,5 +1,9 @@
 """How many frames the encoder makes of a waveform."""
 
+import math
+
+MIN_SECONDS = 0.1  # shorter audio is padded
+
 
 def count_frames(encoder, samples):
     """Count the frames of waveforms.
@@ -27,3 +31,9 @@ def strides(encoder):
         encoder.compute_features.compute_STFT.hop_length,
         1 if pooling is None else pooling.pool_layer.kernel_size[-1],
     )
+
+
+def shortest_signal(recogniser):
+    """Samples that a signal is padded to if it has fewer; `recogniser` is an EncoderASR or such."""
+    seconds = int(MIN_SECONDS * recogniser.audio_normalizer.sample_rate)
+    return max(seconds, math.prod(strides(recogniser.mods.encoder)))

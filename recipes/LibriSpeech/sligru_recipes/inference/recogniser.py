@@ -18,6 +18,7 @@ KNOWN = {
     "sb_fast_sligru.LiGRU",
     "sb_fast_sligru.S2SRNNBeamSearcher",
     "sb_fast_sligru.SLiGRU",
+    "sb_fast_sligru.StreamingFbank",
     "sentencepiece.SentencePieceProcessor",
     "speechbrain.dataio.preprocess.AudioNormalizer",
     "speechbrain.decoders.S2SRNNBeamSearcher",

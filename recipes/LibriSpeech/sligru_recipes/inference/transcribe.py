@@ -1,6 +1,7 @@
 """Audio files to texts, one at a time or in batches of like durations."""
 
 import math
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -12,18 +13,16 @@ from torch.nn.functional import pad
 
 from .audio import UNREADABLE, cut_at_pauses, printable, read_audio, read_duration, reason
 from .batches import decode_each, encode_each, search_each
-from .frames import strides
+from .frames import shortest_signal
 
 logger = get_logger(__name__)
-
-MIN_SECONDS = 0.1  # shorter audio is padded
 
 
 class Transcript(NamedTuple):
     """What became of a file."""
 
     file: Path
-    text: str | None = None
+    text: str | Iterator[str] | None = None  # of a stream, its pieces as they come
     error: str | None = None  # why it could not be read
     seconds: float = 0.0  # of audio
 
@@ -97,8 +96,7 @@ def longest_recording(recogniser):
 
 def _recognise(recogniser, signals):
     """The texts of signals [T], which are those that each has alone."""
-    shortest = int(MIN_SECONDS * recogniser.audio_normalizer.sample_rate)
-    shortest = max(shortest, math.prod(strides(recogniser.mods.encoder)))
+    shortest = shortest_signal(recogniser)
     signals = [pad(signal, (0, max(0, shortest - len(signal)))) for signal in signals]
 
     def encode(wav):

@@ -8,9 +8,9 @@ from torch import distributed
 
 
 def move_constants(features, device):
-    """Move the window and the filters of SpeechBrain's features, which it keeps on the host.
+    """Move the window and the filters of features, which SpeechBrain keeps on the host.
 
-    They are plain attributes, which it would copy to the device for each batch.
+    Its own are plain attributes, which it would copy to the device for each batch.
 
     Arguments
     ---------
@@ -18,6 +18,7 @@ def move_constants(features, device):
         Such as `speechbrain.lobes.features.Fbank`.
     device : str or torch.device
     """
+    features.to(device)
     for module in features.modules():
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
