@@ -11,7 +11,7 @@ import torch
 
 from .. import _library, reference
 from ._autograd import accumulation_dtype, dtype_name, no_second_derivative
-from ._backends import choose_kernels, gpu, index_of, warn_once
+from ._backends import BACKENDS, choose, choose_kernels, gpu, index_of, warn_once
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,6 +50,9 @@ def choose_norm_pool_backend(device, dtype, frequencies, channels, pool_frequenc
     'cpu'
     """
     device = torch.device(device)
+    if torch.jit.is_tracing():
+        # It keeps sizes as symbols between PyTorch's own operators alone.
+        return choose(device, dict.fromkeys(BACKENDS, "torch.jit.trace would fix the frames"))
 
     def kernels_obstacle():
         # index() makes constants, with guards, of sizes that torch.compile holds as symbols.

@@ -443,7 +443,11 @@ def test_same_input_same_bits_whatever_the_threads():
 def operator_arguments(arguments, kernel):
     """Positional arguments of the operator itself."""
     inputs = converted(arguments, kernel.dtype, (), kernel.device)
-    return [inputs[key] for key in NAMES], (arguments["scaling"], dtype_name(kernel.dtype), kernel.name)
+    return [inputs[key] for key in NAMES], (
+        arguments["scaling"],
+        dtype_name(kernel.dtype),
+        kernel.name,
+    )
 
 
 @pytest.mark.parametrize("bias, mask", [(True, True), (False, False)])
