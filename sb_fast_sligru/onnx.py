@@ -1,8 +1,24 @@
 """The operators in terms of ONNX: what ``torch.onnx.export`` needs to export the modules.
 
-Each function takes an operator's arguments, with values of the ONNX graph in place of tensors, and
-adds nodes that compute the same. An export is for inference: what an operator returns for its
+``TRANSLATIONS`` is its `custom_translation_table`. Each function there takes an operator's
+arguments, with values of the ONNX graph in place of tensors, and adds nodes of opset 18 that compute
+the same for any batch and length. An export is for inference: what an operator returns for its
 backward alone is left out.
+
+Example
+-------
+>>> from sb_fast_sligru import SLiGRU
+>>> net = SLiGRU(hidden_size=5, input_shape=[4, 10, 20]).eval()
+>>> program = torch.onnx.export(
+...     net,
+...     (torch.rand(4, 10, 20),),
+...     dynamo=True,
+...     dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},),
+...     custom_translation_table=TRANSLATIONS,
+...     verbose=False,
+... )
+>>> [node.op_type for node in program.model.graph if node.op_type == "Scan"]
+['Scan']
 """
 
 import torch

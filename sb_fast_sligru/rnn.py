@@ -220,8 +220,8 @@ class _LightGRU:
     def _run_layers(self, x: torch.Tensor, hx: torch.Tensor | None):
         """Return the last layer's output, and the hidden states as SpeechBrain lays them out.
 
-        Its own method divides sizes by each other in a reshape, which gives torch.compile and
-        torch.export a condition on the batch. Here the batch stays a symbol.
+        Its own method reshapes a matrix of them, which gives torch.compile and torch.export a
+        condition on the batch; and the batch of a bidirectional `hx` is that of `input_shape`.
         """
         if hx is not None and self.bidirectional:
             hx = hx.reshape(self.num_layers, -1, self.hidden_size)
@@ -231,7 +231,7 @@ class _LightGRU:
             last.append(x[:, -1])
         h = torch.stack(last, dim=1)
         if self.bidirectional:
-            return x, h.flatten().view(-1, x.shape[0], self.hidden_size)
+            return x, h.flatten().view(2 * h.shape[1], h.shape[0], self.hidden_size)
         return x, h.transpose(0, 1)
 
 

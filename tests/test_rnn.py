@@ -200,6 +200,16 @@ def test_initial_state_that_all_rows_share(cell, shape):
     assert_same(run(ours, x, hx), run(theirs, x, hx))
 
 
+@either_cell
+def test_initial_state_of_another_batch_than_that_of_construction(cell):
+    """SpeechBrain's bidirectional network takes one for the batch of its `input_shape` alone."""
+    _, ours = build_pair(cell, num_layers=2, bidirectional=True)
+    shape = (BATCH + 2, TIME, FEATURES)
+    theirs, _ = build_pair(cell, num_layers=2, bidirectional=True, shape=shape)
+    x, hx = random_input(shape=shape), random_input(shape=(4, BATCH + 2, HIDDEN), seed=5)
+    assert_same(run(ours, x, hx), run(theirs, x, hx))
+
+
 @either_direction
 @either_cell
 def test_frozen_norm_and_frozen_parameter(cell, bidirectional):
