@@ -1,9 +1,9 @@
 """The operators in terms of ONNX: what ``torch.onnx.export`` needs to export the modules.
 
 ``TRANSLATIONS`` is its `custom_translation_table`. Each function there takes an operator's
-arguments, with values of the ONNX graph in place of tensors, and adds nodes of opset 18 that compute
-the same for any batch and length. An export is for inference: what an operator returns for its
-backward alone is left out.
+arguments, with values of the ONNX graph in place of tensors, and adds nodes of opset 18 that
+compute the same for any batch and length. An export is for inference: what an operator returns for
+its backward alone is left out.
 
 Example
 -------

@@ -36,9 +36,9 @@ class Recogniser(torch.nn.Module):
 def export_onnx(recogniser, path):
     """Write a CTC recogniser as an ONNX file.
 
-    Its input `wavs` is [B, samples] float32 at `sample_rate`, its output `log_probs` [B, T, tokens].
-    The metadata are those that a greedy decoder needs: `sample_rate` (Hz), `blank_index`, and
-    `tokens`, a JSON list of pieces in which "▁" begins a word.
+    Its input `wavs` is [B, samples] float32, its output `log_probs` [B, T, tokens]. The metadata
+    are what a greedy decoder needs: `sample_rate` (Hz), `blank_index`, and `tokens`, a JSON list
+    of pieces in which "▁" begins a word.
 
     Arguments
     ---------
