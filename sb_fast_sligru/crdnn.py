@@ -179,13 +179,14 @@ class CRDNN(stock.CRDNN):
             if x.is_cuda and dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
                 dtype = torch.float32
             last = step is steps[-1]
+            padded = _is_on_gpu(x) and not last
             x = step.norm_pool(
                 x,
                 self._draw_mask(step, x, dtype),
                 halo=not last,
                 out_dtype=dtype if last else x.dtype,
                 frames=frames,
-                out_frames=0 if last else _rows(x, frames // step.pool[0] + 2),
+                out_frames=_rows(x, frames // step.pool[0] + 2) if padded else 0,
             )
             frames //= step.pool[0]
         return x

@@ -223,7 +223,28 @@ class LiGRU_Layer(_LightGRULayer, stock.LiGRU_Layer):
         )
 
 
-class SLiGRU(stock.SLiGRU):
+class _LightGRU:
+    """The loop over the layers of both kinds of network, mixed into SpeechBrain's classes."""
+
+    def _run_layers(self, x: torch.Tensor, hx: torch.Tensor | None):
+        """Return the last layer's output, and the hidden states as SpeechBrain lays them out.
+
+        Its own method reshapes a matrix of them, which gives torch.compile and torch.export a
+        condition on the batch; and the batch of a bidirectional `hx` is that of `input_shape`.
+        """
+        if hx is not None and self.bidirectional:
+            hx = hx.reshape(self.num_layers, -1, self.hidden_size)
+        last = []
+        for i, layer in enumerate(self.rnn):
+            x = layer(x, None if hx is None else hx[i])
+            last.append(x[:, -1])
+        h = torch.stack(last, dim=1)
+        if self.bidirectional:
+            return x, h.flatten().view(2 * h.shape[1], h.shape[0], self.hidden_size)
+        return x, h.transpose(0, 1)
+
+
+class SLiGRU(_LightGRU, stock.SLiGRU):
     """Stabilised light GRU, a replacement of :class:`speechbrain.nnet.RNN.SLiGRU`.
 
     Arguments, defaults, inputs and outputs are SpeechBrain's.
@@ -236,6 +257,9 @@ class SLiGRU(stock.SLiGRU):
     >>> output.shape, hidden.shape
     (torch.Size([4, 10, 5]), torch.Size([1, 4, 5]))
     """
+
+    def _forward_sligru(self, x: torch.Tensor, hx: torch.Tensor | None):
+        return self._run_layers(x, hx)
 
     def _init_layers(self):
         return nn.ModuleList(
@@ -255,7 +279,7 @@ class SLiGRU(stock.SLiGRU):
         )
 
 
-class LiGRU(stock.LiGRU):
+class LiGRU(_LightGRU, stock.LiGRU):
     """Light GRU, a replacement of :class:`speechbrain.nnet.RNN.LiGRU`.
 
     Arguments, defaults, inputs and outputs are SpeechBrain's.
@@ -268,6 +292,9 @@ class LiGRU(stock.LiGRU):
     >>> output.shape, hidden.shape
     (torch.Size([4, 10, 10]), torch.Size([2, 4, 5]))
     """
+
+    def _forward_ligru(self, x: torch.Tensor, hx: torch.Tensor | None):
+        return self._run_layers(x, hx)
 
     def _init_layers(self):
         return nn.ModuleList(

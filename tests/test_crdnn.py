@@ -12,7 +12,11 @@ from fuzz import draw_cases
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.models import CRDNN as stock
 from speechbrain.nnet.adapters import AdaptedModel, LoRA
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import sb_fast_sligru
@@ -583,6 +587,81 @@ def test_no_grad_and_inference_mode():
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert relative_error(ours(make_input(ours)), theirs(make_input(ours))) < 1e-12
+
+
+# With what follows the CNN.
+WHOLE = {
+    "cnn_channels": [4, 8],
+    "rnn_class": sb_fast_sligru.SLiGRU,
+    "rnn_layers": 2,
+    "rnn_neurons": 6,
+    "dnn_blocks": 1,
+    "dnn_neurons": 9,
+    "dropout": 0.0,
+}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant):
+    theirs, ours = build_pair(**WHOLE)
+    x = make_input(ours)
+    expected = run(theirs, x)
+    forward, ours.forward = (
+        ours.forward,
+        lambda x: checkpoint(forward, x, use_reentrant=use_reentrant),
+    )
+    with sb_fast_sligru.backend("cpu"):
+        assert_same(run(ours, x), expected, 1e-9)
+
+
+@either_device
+def test_saved_tensors_on_the_host(device):
+    _, ours = build_pair(dtype=torch.float32, device=device, **WHOLE)
+    x = make_input(ours, dtype=torch.float32, device=device)
+    expected = run(ours, x)
+    with torch.autograd.graph.save_on_cpu():
+        assert_same(run(ours, x), expected, 1e-5)
+
+
+class Recogniser(torch.nn.Module):
+    """What fully_shard takes: it refuses SpeechBrain's containers, which are ModuleDicts."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x):
+        return self.encoder(x)
+
+
+def sharded(encoder, mesh):
+    net = Recogniser(encoder)
+    for part in (*encoder.RNN.rnn, net):
+        fully_shard(part, mesh=mesh)
+    return net
+
+
+def test_encoders_of_several_processes(tmp_path):
+    torch.multiprocessing.spawn(compare_encoders, (tmp_path / "store",), nprocs=2)
+
+
+def compare_encoders(rank, store):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    torch.set_num_threads(1)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    for wrap in (DistributedDataParallel, functools.partial(sharded, mesh=mesh)):
+        results = []
+        for net, name in zip(build_pair(**WHOLE), ("auto", "cpu"), strict=True):
+            x = make_input(net, seed=rank)
+            with sb_fast_sligru.backend(name):
+                tensors = run(wrap(net), x)
+            results.append(
+                {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+            )
+        assert_same(results[1], results[0], 1e-9)
+    torch.distributed.destroy_process_group()
 
 
 def test_flops_are_speechbrains():

@@ -14,7 +14,9 @@ from speechbrain.nnet import RNN as stock
 from speechbrain.nnet.adapters import AdaptedModel, HoulsbyAdapterLinear, LoRA
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
 import sb_fast_sligru
 from sb_fast_sligru.ops import _backends
@@ -198,6 +200,16 @@ def test_initial_state_that_all_rows_share(cell, shape):
     assert_same(run(ours, x, hx), run(theirs, x, hx))
 
 
+@either_cell
+def test_initial_state_of_another_batch_than_that_of_construction(cell):
+    """SpeechBrain's bidirectional network takes one for the batch of its `input_shape` alone."""
+    _, ours = build_pair(cell, num_layers=2, bidirectional=True)
+    shape = (BATCH + 2, TIME, FEATURES)
+    theirs, _ = build_pair(cell, num_layers=2, bidirectional=True, shape=shape)
+    x, hx = random_input(shape=shape), random_input(shape=(4, BATCH + 2, HIDDEN), seed=5)
+    assert_same(run(ours, x, hx), run(theirs, x, hx))
+
+
 @either_direction
 @either_cell
 def test_frozen_norm_and_frozen_parameter(cell, bidirectional):
@@ -325,6 +337,36 @@ def test_forward_mode_and_torch_func(cell, bidirectional, warned):
         )
     assert_same(results[1], results[0])
     assert results[1]["jvp"].any() and len(warned) == 2
+
+
+@either_direction
+@either_cell
+@pytest.mark.filterwarnings("ignore:sb_fast_sligru runs its slow PyTorch loop")
+def test_torch_func_over_a_batch(cell, bidirectional):
+    """vmap over inputs and over networks, and the gradients of each sample."""
+
+    def output(parameters, x):
+        return torch.func.functional_call(net, parameters, (x,))[0]
+
+    def loss(parameters, x):
+        return output(parameters, x).square().sum()
+
+    x = random_input(shape=(4, BATCH, TIME, FEATURES))
+    results = []
+    for net in build_pair(cell, bidirectional=bidirectional, num_layers=2, nonlinearity="tanh"):
+        net.eval()
+        parameters = {name: p.detach() for name, p in net.named_parameters()}
+        stacked = {name: torch.stack([p, 0.9 * p]) for name, p in parameters.items()}
+        vmap, grad = torch.vmap, torch.func.grad
+        gradients = vmap(grad(loss), (None, 0))(parameters, x)
+        results.append(
+            {
+                "inputs": vmap(output, (None, 0))(parameters, x),
+                "networks": vmap(output, (0, None))(stacked, x[0]),
+            }
+            | {f"gradients of {name}": gradient for name, gradient in gradients.items()}
+        )
+    assert_same(results[1], results[0])
 
 
 # Replaced parts --------------------------------------------------------------------------------
@@ -467,16 +509,33 @@ def test_a_replaced_part_is_called(cell, name, change, bidirectional, warned):
         torch.jit.script(ours)
 
 
+def pruned_for_good(u):
+    return prune.remove(prune.l1_unstructured(u, "weight", amount=0.3), "weight")
+
+
 @either_direction
 @either_cell
-@pytest.mark.parametrize("change", [halved, parametrizations.weight_norm])
-def test_a_parametrised_u_stays_with_the_kernels(cell, change, bidirectional):
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("u", halved),
+        ("u", parametrizations.weight_norm),
+        ("u", pruned_for_good),
+        ("w", halved),
+        ("w", parametrizations.weight_norm),
+        ("w", partial(prune.l1_unstructured, name="weight", amount=0.3)),
+    ],
+    ids=["u-halved", "u-weight_norm", "u-pruned", "w-halved", "w-weight_norm", "w-pruned"],
+)
+def test_what_changes_a_weight_alone_stays_with_the_kernels(cell, name, change, bidirectional):
     theirs, ours = build_pair(cell, bidirectional=bidirectional, num_layers=2)
     for net in (theirs, ours):
-        replace_part(net, "u", change)
+        replace_part(net, name, change)
     with sb_fast_sligru.backend("cpu"):
         for seed in range(3):
-            assert_same(run(ours, random_input(seed=seed)), run(theirs, random_input(seed=seed)))
+            results = [run(net, random_input(seed=seed)) for net in (ours, theirs)]
+            # BatchNorm undoes a factor of w: the gradient of its norm is what rounding leaves.
+            assert_same(*results, 1e-9)
 
 
 @either_direction
@@ -513,6 +572,22 @@ def test_quantised_network(cell, bidirectional, warned):
     with torch.no_grad():
         assert relative_error(ours(x)[0], theirs(x)[0]) < 1e-6
     assert len(warned) == 1
+
+
+@either_direction
+@either_cell
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization:DeprecationWarning")
+def test_quantised_projections_stay_with_the_kernels(cell, bidirectional):
+    """Of W alone, by the names of the layers: U is the kernels'."""
+    projections = {f"rnn.{i}.w": torch.ao.quantization.default_dynamic_qconfig for i in range(2)}
+    theirs, ours = (
+        torch.ao.quantization.quantize_dynamic(net.eval(), projections)
+        for net in build_pair(cell, dtype=torch.float32, bidirectional=bidirectional, num_layers=2)
+    )
+    x = random_input(dtype=torch.float32)
+    with torch.no_grad(), sb_fast_sligru.backend("cpu"):
+        assert relative_error(ours(x)[0], theirs(x)[0]) < 1e-5
+    assert type(ours.rnn[0].w) is not torch.nn.Linear
 
 
 # Precision -------------------------------------------------------------------------------------
@@ -801,6 +876,54 @@ def test_no_grad_and_inference_mode(cell, device):
             assert relative_error(ours(x)[0], theirs(x)[0]) < 1e-12
 
 
+class Checkpointed(torch.nn.Module):
+    """A network that keeps its input alone, and runs again in the backward pass."""
+
+    def __init__(self, net, use_reentrant):
+        super().__init__()
+        self.net = net
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x, hx=None):
+        return checkpoint(self.net, x, hx, use_reentrant=self.use_reentrant)
+
+
+@either_device
+@either_direction
+@either_cell
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(cell, use_reentrant, bidirectional, device):
+    """BatchNorm sees the batch twice, in SpeechBrain's networks too."""
+    pair = build_pair(cell, device, bidirectional=bidirectional, num_layers=2, nonlinearity="tanh")
+    theirs, ours = (Checkpointed(net, use_reentrant) for net in pair)
+    x = random_input(device)
+    hx = random_input(device, shape=(2 * (1 + bidirectional), BATCH, HIDDEN), seed=5)
+    assert_same(run(ours, x, hx), run(theirs, x, hx))
+
+
+@either_device
+@either_cell
+def test_checkpoint_draws_the_masks_again(cell, device):
+    _, net = build_pair(cell, device, bidirectional=True, num_layers=2, dropout=0.5)
+    x, results = random_input(device), []
+    for wrapped in (net, Checkpointed(net, False)):
+        torch.manual_seed(4)
+        tensors = {name.replace("net.", ""): tensor for name, tensor in run(wrapped, x).items()}
+        results.append({n: t for n, t in tensors.items() if n.startswith(("output", "grad"))})
+    assert_same(results[1], results[0])
+
+
+@either_device
+@either_direction
+@either_cell
+def test_saved_tensors_on_the_host(cell, bidirectional, device):
+    theirs, ours = build_pair(cell, device, bidirectional=bidirectional, num_layers=2)
+    x = random_input(device)
+    expected = run(theirs, x)
+    with torch.autograd.graph.save_on_cpu():
+        assert_same(run(ours, x), expected)
+
+
 WRAPPED = ["layer by fully_shard", "u by fully_shard", "layer by FSDP", "u by FSDP"]
 
 
@@ -833,6 +956,26 @@ def compare_sharded(rank, store):
             assert relative_error(output, expected["output"]) < 1e-5, kind
             output.square().sum().backward()
             assert bool(_backends._warned) == (part == "u"), kind
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_networks(tmp_path):
+    torch.multiprocessing.spawn(compare_data_parallel, (tmp_path / "store",), nprocs=2)
+
+
+def compare_data_parallel(rank, store):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    torch.set_num_threads(1)
+    for cell in CELLS:
+        for bidirectional in (False, True):
+            pair = build_pair(cell, num_layers=2, bidirectional=bidirectional)
+            theirs, ours = map(DistributedDataParallel, pair)
+            with sb_fast_sligru.backend("cpu"):
+                for seed in range(2):  # another batch in each process
+                    x = random_input(seed=2 * seed + rank)
+                    assert_same(run(ours, x), run(theirs, x))
     torch.distributed.destroy_process_group()
 
 

@@ -130,13 +130,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sb_fast_sligru, m) {
       "attention_decoder(Tensor wx, Tensor keys, Tensor values, Tensor lengths, "
       "Tensor? context_mask, Tensor w_context, Tensor u, Tensor? u_bias, Tensor w_query, "
       "Tensor filters, Tensor w_location, Tensor v, Tensor w_out, Tensor b_out, float scaling, "
-      "ScalarType operand_dtype, str backend) -> (Tensor h, Tensor context, Tensor attention)");
+      "str operand_dtype, str backend) -> (Tensor h, Tensor context, Tensor attention)");
   m.def(
       "attention_decoder_backward(Tensor? grad_h, Tensor? grad_context, Tensor? grad_attention, "
       "Tensor wx, Tensor keys, Tensor values, Tensor lengths, Tensor? context_mask, "
       "Tensor w_context, Tensor u, Tensor? u_bias, Tensor w_query, Tensor filters, "
       "Tensor w_location, Tensor v, Tensor w_out, Tensor b_out, float scaling, "
-      "ScalarType operand_dtype, str backend, Tensor h, Tensor context, Tensor attention, "
+      "str operand_dtype, str backend, Tensor h, Tensor context, Tensor attention, "
       "bool need_wx, bool need_keys, bool need_values, bool need_cell, bool need_query, "
       "bool need_alignment, bool need_out) -> (Tensor grad_wx, Tensor grad_keys, "
       "Tensor grad_values, Tensor grad_w_context, Tensor grad_u, Tensor grad_u_bias, "

@@ -70,7 +70,7 @@ inline Inputs check_inputs(const Tensor& wx, const Tensor& keys, const Tensor& v
                            const Tensor& w_context, const Tensor& u, OptionalTensor u_bias,
                            const Tensor& w_query, const Tensor& filters, const Tensor& w_location,
                            const Tensor& v, const Tensor& w_out, const Tensor& b_out,
-                           double scaling, ScalarType operand_type) {
+                           double scaling, const std::string& operand_dtype) {
   check_rank("wx", wx, 3, "[B, N, 3H]");
   check_rank("keys", keys, 3, "[B, L, A]");
   check_rank("values", values, 3, "[B, L, V]");
@@ -78,10 +78,8 @@ inline Inputs check_inputs(const Tensor& wx, const Tensor& keys, const Tensor& v
   check_rank("filters", filters, 2, "[G, W]");
   check_rank("w_out", w_out, 2, "[C, V]");
   const ScalarType type = u.scalar_type();
+  const ScalarType operand_type = type_named("operand_dtype", operand_dtype);
   const bool half = operand_type == ScalarType::BFloat16 || operand_type == ScalarType::Half;
-  STD_TORCH_CHECK(half || operand_type == ScalarType::Float || operand_type == ScalarType::Double,
-                  "operand_dtype: got ", torch::headeronly::toString(operand_type),
-                  ", expected float64, float32, bfloat16 or float16");
   STD_TORCH_CHECK(type == operand_type || (half && type == ScalarType::Float), "u: got ",
                   torch::headeronly::toString(type), " beside operands of ",
                   torch::headeronly::toString(operand_type));
@@ -168,7 +166,7 @@ struct Operator {
                          const Tensor& w_context, const Tensor& u, OptionalTensor u_bias,
                          const Tensor& w_query, const Tensor& filters, const Tensor& w_location,
                          const Tensor& v, const Tensor& w_out, const Tensor& b_out, double scaling,
-                         ScalarType operand_dtype, std::string backend) {
+                         std::string operand_dtype, std::string backend) {
     return Implementation::forward(
         backend, check_inputs(wx, keys, values, lengths, std::move(context_mask), w_context, u,
                               std::move(u_bias), w_query, filters, w_location, v, w_out, b_out,
@@ -181,7 +179,7 @@ struct Operator {
                             OptionalTensor context_mask, const Tensor& w_context, const Tensor& u,
                             OptionalTensor u_bias, const Tensor& w_query, const Tensor& filters,
                             const Tensor& w_location, const Tensor& v, const Tensor& w_out,
-                            const Tensor& b_out, double scaling, ScalarType operand_dtype,
+                            const Tensor& b_out, double scaling, std::string operand_dtype,
                             std::string backend, const Tensor& h, const Tensor& context,
                             const Tensor& attention, bool need_wx, bool need_keys, bool need_values,
                             bool need_cell, bool need_query, bool need_alignment, bool need_out) {

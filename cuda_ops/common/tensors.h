@@ -14,6 +14,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/types.h"
@@ -54,6 +55,20 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
 
 inline ScalarType accumulation_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The dtype of an op's argument that names one. Not a ScalarType in the schema: AOTInductor of torch
+// 2.10 and 2.11 hands over the number that torch.export saves, which stands for another.
+inline ScalarType type_named(const char* argument, const std::string& name) {
+  constexpr std::pair<const char*, ScalarType> kTypes[] = {{"float64", ScalarType::Double},
+                                                           {"float32", ScalarType::Float},
+                                                           {"bfloat16", ScalarType::BFloat16},
+                                                           {"float16", ScalarType::Half}};
+  for (const auto& [known, type] : kTypes) {
+    if (name == known) return type;
+  }
+  STD_TORCH_CHECK(false, argument, ": got \"", name,
+                  "\", expected float64, float32, bfloat16 or float16");
 }
 
 inline DType dtype_of(ScalarType type) {

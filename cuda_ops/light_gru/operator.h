@@ -90,17 +90,15 @@ inline Inputs check_inputs(const Tensor& wx, const Tensor& u, OptionalTensor h0,
                            OptionalTensor drop_mask, OptionalTensor ln_weight,
                            OptionalTensor ln_bias, bool layer_norm, double eps,
                            const std::string& activation, bool bidirectional,
-                           ScalarType operand_type) {
+                           const std::string& operand_dtype) {
   STD_TORCH_CHECK(wx.dim() == 3, "wx: got ", describe(wx), ", expected [B, T, 2H]");
   STD_TORCH_CHECK(u.dim() == 2 && u.size(0) == 2 * u.size(1) && u.size(1) > 0, "u: got ",
                   describe(u), ", expected [2H, H]");
   STD_TORCH_CHECK(wx.size(2) == u.size(0), "wx: its last axis is ", wx.size(2),
                   ", expected 2H = ", u.size(0), " as given by u");
   STD_TORCH_CHECK(u.device() == wx.device(), "u: must be on the device of wx");
+  const ScalarType operand_type = type_named("operand_dtype", operand_dtype);
   const bool half = operand_type == ScalarType::BFloat16 || operand_type == ScalarType::Half;
-  STD_TORCH_CHECK(half || operand_type == ScalarType::Float || operand_type == ScalarType::Double,
-                  "operand_dtype: got ", torch::headeronly::toString(operand_type),
-                  ", expected float64, float32, bfloat16 or float16");
   auto allowed = [&](ScalarType type) {
     return type == operand_type || (half && type == ScalarType::Float);
   };
@@ -153,7 +151,7 @@ struct Operator {
   static Outputs forward(const Tensor& wx, const Tensor& u, OptionalTensor h0,
                          OptionalTensor drop_mask, OptionalTensor ln_weight, OptionalTensor ln_bias,
                          bool layer_norm, double eps, std::string activation, bool bidirectional,
-                         ScalarType operand_dtype, std::string backend) {
+                         std::string operand_dtype, std::string backend) {
     const Inputs in =
         check_inputs(wx, u, std::move(h0), std::move(drop_mask), std::move(ln_weight),
                      std::move(ln_bias), layer_norm, eps, activation, bidirectional, operand_dtype);
@@ -163,7 +161,7 @@ struct Operator {
   static Gradients backward(const Tensor& grad_h, const Tensor& wx, const Tensor& u,
                             OptionalTensor h0, OptionalTensor drop_mask, OptionalTensor ln_weight,
                             OptionalTensor ln_bias, bool layer_norm, double eps,
-                            std::string activation, bool bidirectional, ScalarType operand_dtype,
+                            std::string activation, bool bidirectional, std::string operand_dtype,
                             std::string backend, const Tensor& h, const Tensor& rho, bool need_wx,
                             bool need_u, bool need_h0, bool need_ln) {
     const Inputs in =

@@ -48,11 +48,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sb_fast_sligru, m) {
   m.def(
       "norm_pool(Tensor x, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor? drop_mask, "
       "float eps, float negative_slope, int pool_time, int pool_frequency, bool halo, "
-      "ScalarType out_dtype, int frames, int out_frames) -> (Tensor out, Tensor statistics)");
+      "str out_dtype, SymInt frames, SymInt out_frames) -> (Tensor out, Tensor statistics)");
   m.def(
       "norm_pool_backward(Tensor grad_out, Tensor x, Tensor bias, Tensor ln_weight, "
       "Tensor ln_bias, Tensor? drop_mask, float eps, float negative_slope, int pool_time, "
-      "int pool_frequency, bool halo, ScalarType out_dtype, int frames, int out_frames, "
+      "int pool_frequency, bool halo, str out_dtype, SymInt frames, SymInt out_frames, "
       "Tensor statistics, bool need_x, bool need_parameters) -> (Tensor grad_x, "
       "Tensor grad_bias, Tensor grad_ln_weight, Tensor grad_ln_bias)");
   m.def(

@@ -70,13 +70,15 @@ inline Tensor checked(const char* name, const Tensor& t, const std::vector<int64
 inline Inputs check_inputs(const Tensor& x, const Tensor& bias, const Tensor& ln_weight,
                            const Tensor& ln_bias, OptionalTensor drop_mask, double eps,
                            double negative_slope, int64_t pool_time, int64_t pool_frequency,
-                           bool halo, ScalarType out_type, int64_t frames, int64_t out_frames) {
+                           bool halo, const std::string& out_dtype, int64_t frames,
+                           int64_t out_frames) {
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "x: got ",
                   describe(x), ", expected [B, T, F, C]");
   const ScalarType type = x.scalar_type(), acc = accumulation_type(type);
   STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float ||
                       type == ScalarType::BFloat16 || type == ScalarType::Half,
                   "x: got ", describe(x), ", expected float64, float32, bfloat16 or float16");
+  const ScalarType out_type = type_named("out_dtype", out_dtype);
   STD_TORCH_CHECK(out_type == type || out_type == acc, "out_dtype: got ",
                   torch::headeronly::toString(out_type), " beside x of ",
                   torch::headeronly::toString(type));
@@ -171,7 +173,7 @@ struct Operator {
   static Outputs forward(const Tensor& x, const Tensor& bias, const Tensor& ln_weight,
                          const Tensor& ln_bias, OptionalTensor drop_mask, double eps,
                          double negative_slope, int64_t pool_time, int64_t pool_frequency,
-                         bool halo, ScalarType out_dtype, int64_t frames, int64_t out_frames) {
+                         bool halo, std::string out_dtype, int64_t frames, int64_t out_frames) {
     return Implementation::forward(check_inputs(x, bias, ln_weight, ln_bias, std::move(drop_mask),
                                                 eps, negative_slope, pool_time, pool_frequency,
                                                 halo, out_dtype, frames, out_frames));
@@ -181,7 +183,7 @@ struct Operator {
                             const Tensor& ln_weight, const Tensor& ln_bias,
                             OptionalTensor drop_mask, double eps, double negative_slope,
                             int64_t pool_time, int64_t pool_frequency, bool halo,
-                            ScalarType out_dtype, int64_t frames, int64_t out_frames,
+                            std::string out_dtype, int64_t frames, int64_t out_frames,
                             const Tensor& statistics, bool need_x, bool need_parameters) {
     const Inputs in =
         check_inputs(x, bias, ln_weight, ln_bias, std::move(drop_mask), eps, negative_slope,

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _library, reference
-from ._autograd import Changes, no_second_derivative
+from ._autograd import Changes, dtype_name, no_second_derivative
 from ._backends import (
     choose,
     forced_backend,
@@ -208,7 +208,7 @@ def attention_decoder(
             warn_once(reason)
         return reference.attention_decoder(**tensors, scaling=scaling)
     return torch.ops.sb_fast_sligru.attention_decoder(
-        *tensors.values(), float(scaling), operand_dtype, name
+        *tensors.values(), float(scaling), dtype_name(operand_dtype), name
     )
 
 

@@ -8,6 +8,11 @@ def accumulation_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def dtype_name(dtype):
+    """A dtype as the operators take it in an argument, a str: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Changes:
     """Whether a tensor has been changed in place since, without holding its memory.
 

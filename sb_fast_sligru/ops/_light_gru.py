@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _library, reference
-from ._autograd import Changes, accumulation_dtype, no_second_derivative
+from ._autograd import Changes, accumulation_dtype, dtype_name, no_second_derivative
 from ._backends import (
     choose,
     forced_backend,
@@ -268,7 +268,7 @@ def light_gru(
         eps,
         activation,
         bidirectional,
-        operand_dtype,
+        dtype_name(operand_dtype),
         name,
     )
     return h

@@ -10,8 +10,8 @@ import operator
 import torch
 
 from .. import _library, reference
-from ._autograd import accumulation_dtype, no_second_derivative
-from ._backends import choose_kernels, gpu, index_of, warn_once
+from ._autograd import accumulation_dtype, dtype_name, no_second_derivative
+from ._backends import BACKENDS, choose, choose_kernels, gpu, index_of, warn_once
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,6 +50,9 @@ def choose_norm_pool_backend(device, dtype, frequencies, channels, pool_frequenc
     'cpu'
     """
     device = torch.device(device)
+    if torch.jit.is_tracing():
+        # It keeps sizes as symbols between PyTorch's own operators alone.
+        return choose(device, dict.fromkeys(BACKENDS, "torch.jit.trace would fix the frames"))
 
     def kernels_obstacle():
         # index() makes constants, with guards, of sizes that torch.compile holds as symbols.
@@ -173,6 +176,7 @@ def norm_pool(
         return reference.norm_pool(**tensors, **options)
     dtype = accumulation_dtype(x.dtype)
     parameters = (None if t is None else t.to(dtype) for t in (bias, ln_weight, ln_bias, drop_mask))
+    options["out_dtype"] = dtype_name(out_dtype)
     return torch.ops.sb_fast_sligru.norm_pool(x, *parameters, *options.values())[0]
 
 
@@ -261,7 +265,8 @@ def _norm_pool_fake(
     batch, _, frequencies, channels = x.shape
     time, frequencies, border = frames // pool_time, frequencies // pool_frequency, 2 * halo
     out_time = torch.sym_max(time + border, out_frames)
-    out = x.new_empty(batch, out_time, frequencies + border, channels, dtype=out_dtype)
+    sizes = batch, out_time, frequencies + border, channels
+    out = x.new_empty(sizes, dtype=getattr(torch, out_dtype))
     return out, ln_weight.new_empty(batch, time, pool_time, 2)
 
 

@@ -46,5 +46,6 @@ def norm_pool(
         out = out * drop_mask.to(dtype)[:, None, None, :]
     if halo:
         out = F.pad(out, (1, 1, 1, 1), mode="reflect")
-    out = F.pad(out, (0, 0, 0, torch.sym_max(0, out_frames - out.shape[2])))
+    if out_frames > 0:
+        out = F.pad(out, (0, 0, 0, torch.sym_max(0, out_frames - out.shape[2])))
     return out.permute(0, 2, 3, 1).contiguous().to(x.dtype if out_dtype is None else out_dtype)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sb_fast_sligru import _library, backend, ops
 from sb_fast_sligru.ops import _attention_decoder, _backends
+from sb_fast_sligru.ops._autograd import dtype_name
 from sb_fast_sligru.reference import relative_error
 
 # B, N, L, H, A, V, C, G, W; C is the width of the context. Odd sizes, ones, chunks of frames that
@@ -442,7 +443,11 @@ def test_same_input_same_bits_whatever_the_threads():
 def operator_arguments(arguments, kernel):
     """Positional arguments of the operator itself."""
     inputs = converted(arguments, kernel.dtype, (), kernel.device)
-    return [inputs[key] for key in NAMES], (arguments["scaling"], kernel.dtype, kernel.name)
+    return [inputs[key] for key in NAMES], (
+        arguments["scaling"],
+        dtype_name(kernel.dtype),
+        kernel.name,
+    )
 
 
 @pytest.mark.parametrize("bias, mask", [(True, True), (False, False)])
@@ -730,13 +735,13 @@ def test_bad_arguments_are_named(name, case):
         ({"lengths": torch.tensor([-1, 5])}, r"lengths: got -1 in row 0"),
         ({"filters": torch.zeros(2, 4)}, r"filters: .*odd number of taps"),
         ({"v": torch.zeros(6).double()}, r"v: got Double"),
-        ({"operand_dtype": torch.float64}, r"u: got Float beside operands of Double"),
-        ({"operand_dtype": torch.int64}, r"operand_dtype: got Long"),
+        ({"operand_dtype": "float64"}, r"u: got Float beside operands of Double"),
+        ({"operand_dtype": "int64"}, r'operand_dtype: got "int64", expected float64, float32'),
         ({"backend": "stepwise"}, r'backend: got "stepwise", expected "cpu"'),
     ],
 )
 def test_the_operator_itself_checks_its_arguments(changed, message):
-    given = zeros(context_mask=None, u_bias=None, scaling=1.0, operand_dtype=torch.float32)
+    given = zeros(context_mask=None, u_bias=None, scaling=1.0, operand_dtype="float32")
     with pytest.raises(RuntimeError, match=message):
         torch.ops.sb_fast_sligru.attention_decoder(**(given | {"backend": "cpu"} | changed))
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sb_fast_sligru import _library, backend, info, machine, ops, reference
 from sb_fast_sligru.ops import _backends, _light_gru
+from sb_fast_sligru.ops._autograd import dtype_name
 from sb_fast_sligru.reference import relative_error
 
 # Backend, its device and the dtype that a test of more than rounding uses on it.
@@ -545,7 +546,7 @@ def operator_arguments(arguments, name, device, dtype):
         None if arguments[key] is None else arguments[key].to(device, dtypes[key]) for key in dtypes
     ]
     flags = arguments["layer_norm"], 1e-5, "relu", arguments["bidirectional"]
-    return tensors, (*flags, dtype, name)
+    return tensors, (*flags, dtype_name(dtype), name)
 
 
 @each_exact_backend
@@ -881,7 +882,7 @@ def call_op(**changed):
         "eps": 1e-5,
         "activation": "relu",
         "bidirectional": False,
-        "operand_dtype": torch.float32,
+        "operand_dtype": "float32",
         "backend": "cpu",
     }
     return torch.ops.sb_fast_sligru.light_gru(**(arguments | changed))
@@ -896,8 +897,8 @@ def call_op(**changed):
         ({"h0": torch.zeros(1, 4)}, r"h0: got Float \[1, 4\], expected Float \[2, 4\]"),
         ({"drop_mask": torch.zeros(2, 4).double()}, r"drop_mask: got Double"),
         ({"ln_bias": torch.zeros(8), "layer_norm": False}, r"ln_weight, ln_bias: given although"),
-        ({"operand_dtype": torch.float64}, r"dtypes: got wx Float, u Float, operands Double"),
-        ({"operand_dtype": torch.int64}, r"operand_dtype: got Long"),
+        ({"operand_dtype": "float64"}, r"dtypes: got wx Float, u Float, operands Double"),
+        ({"operand_dtype": "int64"}, r'operand_dtype: got "int64", expected float64, float32'),
         ({"activation": "gelu"}, r'activation: got "gelu"'),
         ({"backend": "stepwise"}, r'backend: got "stepwise", expected "cpu"'),
     ],

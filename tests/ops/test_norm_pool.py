@@ -342,7 +342,7 @@ def test_same_input_same_bits(precision, device):
 # ---- autograd
 
 
-def operator_arguments(arguments, out_dtype=torch.float64):
+def operator_arguments(arguments, out_dtype="float64"):
     """Positional arguments of the operator itself."""
     tensors = [arguments[key] for key in (*GIVEN, "drop_mask")]
     options = [arguments[key] for key in ("pool_time", "pool_frequency", "halo")]
@@ -374,7 +374,7 @@ def test_gradients_nobody_wants_are_not_computed(trains, device):
         if key in trains:
             assert relative_error(inputs[key].grad, expected[f"grad of {key}"]) < 1e-5
     arguments = converted(arguments, torch.float32, device, ())
-    tensors, options = operator_arguments(arguments, torch.float32)
+    tensors, options = operator_arguments(arguments, "float32")
     out, statistics = torch.ops.sb_fast_sligru.norm_pool(*tensors, *options)
     wanted = "x" in trains, any(key in trains for key in GIVEN[1:])
     gradients = torch.ops.sb_fast_sligru.norm_pool_backward(
@@ -460,7 +460,7 @@ def test_output_changed_in_place():
 def test_opcheck(mask, longer, device):
     """Schema, fake kernel, autograd registration and tracing with dynamic shapes."""
     arguments = converted(make_inputs(SMALL, mask, **longer), torch.float32, device, ())
-    tensors, options = operator_arguments(arguments, torch.float32)
+    tensors, options = operator_arguments(arguments, "float32")
     out, statistics = torch.ops.sb_fast_sligru.norm_pool(*tensors, *options)
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
@@ -554,12 +554,13 @@ def test_bad_arguments_are_named(name, case):
         ({"drop_mask": torch.zeros(1, 3)}, r"drop_mask: got Float \[1, 3\], .*Float \[2, 3\]"),
         ({"pool_time": 0}, r"pool_time: got 0, expected 1 or more"),
         ({"pool_time": 3, "halo": True}, r"x: .* too small for pool_time = 3 and a halo"),
-        ({"out_dtype": torch.float16}, r"out_dtype: got Half beside x of Float"),
+        ({"out_dtype": "float16"}, r"out_dtype: got Half beside x of Float"),
+        ({"out_dtype": "int64"}, r'out_dtype: got "int64", expected float64, float32'),
         ({"frames": 6}, r"frames: got 6, expected 1 to 5, those of x"),
     ],
 )
 def test_the_operator_itself_checks_its_arguments(changed, message):
-    given = zeros(eps=1e-5, negative_slope=0.1, pool_time=1, halo=False, out_dtype=torch.float32)
+    given = zeros(eps=1e-5, negative_slope=0.1, pool_time=1, halo=False, out_dtype="float32")
     given |= {"frames": 5, "out_frames": 0}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.sb_fast_sligru.norm_pool(**(given | changed))

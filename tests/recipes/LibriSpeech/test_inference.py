@@ -17,6 +17,7 @@ from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 from tiny_corpora import make_speech
 
 import export_inference
+import export_onnx
 import sb_fast_sligru
 import train_ctc
 import train_lm
@@ -320,6 +321,87 @@ def test_export_tells_the_longest_utterance_of_training(run, recogniser, audio, 
     folder = export(copy)
     assert "train.csv" in caplog.text
     assert "longest_train" not in (folder / "hyperparams.yaml").read_text()
+
+
+# ONNX
+
+
+@pytest.fixture(scope="module")
+def onnx_file(exported, tmp_path_factory):
+    file = tmp_path_factory.mktemp("onnx") / "out.onnx"
+    export_onnx.main([str(exported), str(file)])
+    return file
+
+
+def onnx_session(file):
+    import onnxruntime  # not where GPU tests alone run
+
+    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+
+
+def test_onnx_file_gives_the_log_probabilities(onnx_file, recogniser, audio):
+    """Of each file, and of batches; to 1e-5 of all of them, and each probability to 1e-5."""
+    session = onnx_session(onnx_file)
+    (wavs,), (log_probs,) = session.get_inputs(), session.get_outputs()
+    assert (wavs.name, wavs.type, wavs.shape) == ("wavs", "tensor(float)", ["batch", "samples"])
+    assert log_probs.name == "log_probs"
+    signals = [torch.from_numpy(soundfile.read(path, dtype="float32")[0]) for path in audio]
+    shortest = min(map(len, signals))
+    batch = torch.stack([signal[:shortest] for signal in signals])
+    for inputs in (*(signal[None] for signal in signals), batch):
+        (actual,) = session.run(None, {"wavs": inputs.numpy()})
+        with torch.no_grad():
+            expected = recogniser.encode_batch(inputs, torch.ones(len(inputs)))
+        actual = torch.from_numpy(actual)
+        assert actual.shape == expected.shape
+        assert sb_fast_sligru.reference.relative_error(actual, expected) < 1e-5
+        assert (actual.exp() - expected.exp()).abs().max() < 1e-5
+
+
+def test_onnx_file_has_all_that_a_greedy_decoder_needs(
+    onnx_file, recogniser, audio, tmp_path, monkeypatch, capsys
+):
+    """That of docs/export.md."""
+    page = (ROOT / "docs/export.md").read_text(encoding="utf-8")
+    (decoder,) = re.findall(r"```python\n([^`]*out\.onnx[^`]*)```", page)
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(onnx_file, "out.onnx")
+    for path in audio:
+        shutil.copyfile(path, "speech.flac")
+        exec(decoder, {})
+        assert capsys.readouterr().out.strip() == recogniser.transcribe_file(str(path)).strip()
+
+
+@pytest.mark.parametrize("key", ["rnn_class", "crdnn_class"])
+def test_speechbrains_classes_are_exported_as_ours(exported, audio, onnx_file, tmp_path, key):
+    folder = shutil.copytree(exported, tmp_path / "folder")
+    theirs = {"rnn_class": STOCK, "crdnn_class": "!name:speechbrain.lobes.models.CRDNN.CRDNN"}
+    yaml = folder / "hyperparams.yaml"
+    yaml.write_text(re.sub(f"(?m)^{key}: .*$", f"{key}: {theirs[key]}", yaml.read_text()))
+    export_onnx.main([str(folder), str(tmp_path / "out.onnx")])
+    wavs = {"wavs": soundfile.read(audio[0], dtype="float32")[0][None]}
+    expected, actual = (onnx_session(f).run(None, wavs) for f in (onnx_file, tmp_path / "out.onnx"))
+    assert np.array_equal(expected[0], actual[0])
+
+
+def test_what_onnx_files_are_not_made_of(exported, seq2seq_exported, tmp_path):
+    from sligru_recipes.inference.onnx import export_onnx as write
+
+    (tmp_path / "earlier.onnx").write_text("earlier")
+    (tmp_path / "folder").mkdir()
+    for folder, file, message in (
+        (seq2seq_exported, "earlier.onnx", "decodes with attention"),
+        (tmp_path, "earlier.onnx", "has no inference YAML"),
+        (exported, "nowhere/out.onnx", "nowhere/out.onnx is not a file in a folder that exists"),
+        (exported, "folder", "folder is not a file"),
+    ):
+        with pytest.raises(SystemExit, match=f"^export_onnx: [^\n]*{message}[^\n]*$"):
+            export_onnx.main([str(folder), str(tmp_path / file)])
+    recogniser = load_recogniser(exported, "cpu")
+    recogniser.mods.encoder.enc.RNN = sb.nnet.RNN.LSTM(4, input_size=4)
+    with pytest.raises(ValueError, match="^rnn_class: the recogniser has LSTM, and ONNX files are"):
+        write(recogniser, tmp_path / "earlier.onnx")
+    assert (tmp_path / "earlier.onnx").read_text() == "earlier"
 
 
 # What a folder's YAML may name
