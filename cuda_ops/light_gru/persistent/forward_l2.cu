@@ -118,34 +118,66 @@ struct HiddenPublisher {
   }
 };
 
-// wx of a unit and row, step by step: bits, since converting them would wait for the load.
-struct L2Input {
-  const char* source;
-  int64_t source_step;
-  int gate_bytes;
-  bool exists;
+// Where a row reads wx and writes h and rho, step by step. wx is kept as bits, since converting it
+// would wait for the load.
+template <class Shape>
+struct L2Row {
+  using T = typename Shape::T;
+  static constexpr int kUnitCells = Shape::kUnitCells;
+  static constexpr bool kIsFloat = Shape::Operand::kIsFloat;
 
-  __device__ __forceinline__ void begin(const Recurrence& layer, const Row& row, int unit,
-                                        bool exists_) {
-    const Sequence wx = wx_sequence(layer);
-    exists = exists_;
-    source = wx.at(layer, row, 0, unit);
-    source_step = wx.step_bytes(row);
-    gate_bytes = static_cast<int>(layer.hidden) * wx.bytes();
+  const char* wx;  // of the lane's first unit
+  char* h;
+  int rho_index;
+  int onward;  // in time: 1 or -1
+
+  __device__ __forceinline__ void begin(const PersistentForward& p, const Row& row, int unit) {
+    const Recurrence& layer = p.layer;
+    wx = wx_sequence(layer).at(layer, row, 0, unit);
+    h = const_cast<char*>(
+        h_sequence(layer, p.h)
+            .at(layer, row, 0, row.direction * static_cast<int>(layer.hidden) + unit));
+    rho_index = static_cast<int>(row.index * layer.time + layer.time_of(row.index, 0));
+    onward = row.direction == 1 ? -1 : 1;
   }
+
   // `left`: steps from the next one on.
-  __device__ __forceinline__ uint2 load_next(bool is_float, int left) {
-    uint2 x = make_uint2(0, 0);
-    if (exists) {
-      x.x = load_bits(source, is_float);
-      x.y = load_bits(source + gate_bytes, is_float);
+  __device__ __forceinline__ void load_next(const Recurrence& layer, bool wx_float, int left,
+                                            const bool (&in_range)[kUnitCells],
+                                            uint2 (&x)[kUnitCells]) {
+    const int bytes = wx_float ? 4 : 2, gate_bytes = static_cast<int>(layer.hidden) * bytes;
+    const int64_t step = onward * (layer.wx_time_stride * bytes);
+#pragma unroll
+    for (int u = 0; u < kUnitCells; u++) {
+      x[u] = make_uint2(0, 0);
+      if (!in_range[u]) continue;
+      const char* from = wx + 32 * u * bytes;
+      x[u] = make_uint2(load_bits(from, wx_float), load_bits(from + gate_bytes, wx_float));
       if (left > kL2Ahead) {
-        prefetch(source + kL2Ahead * source_step);
-        prefetch(source + kL2Ahead * source_step + gate_bytes);
+        prefetch(from + kL2Ahead * step);
+        prefetch(from + kL2Ahead * step + gate_bytes);
       }
     }
-    source += source_step;
-    return x;
+    wx += step;
+  }
+
+  __device__ __forceinline__ void store_next(const PersistentForward& p, bool stores_rho, float rho,
+                                             const bool (&in_range)[kUnitCells],
+                                             const UnitState (&state)[kUnitCells]) {
+    const bool is_float = kIsFloat || p.layer.output_type == DType::kFloat32;
+    const int bytes = is_float ? 4 : 2;
+    if (stores_rho) p.rho[rho_index] = rho;
+    rho_index += onward;
+#pragma unroll
+    for (int u = 0; u < kUnitCells; u++) {
+      if (!in_range[u]) continue;
+      char* to = h + 32 * u * bytes;
+      if (is_float)
+        *reinterpret_cast<float*>(to) = state[u].h;
+      else if constexpr (!kIsFloat)
+        *reinterpret_cast<uint16_t*>(to) = to_bits<T>(state[u].h);
+    }
+    h += onward * (p.layer.directions * p.layer.hidden * bytes);
   }
 };
 
@@ -175,10 +207,8 @@ __device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
   bool in_range[kUnitCells];
   UnitParameters parameters[kUnitCells];
   UnitState state[kRowCells][kUnitCells];
-  L2Input input[kRowCells][kUnitCells];
+  L2Row<Shape> rows[kRowCells];
   uint2 wx[kRowCells][kUnitCells];
-  HiddenOutput output[kRowCells][kUnitCells];
-  int rho_index[kRowCells];
 #pragma unroll
   for (int u = 0; u < kUnitCells; u++) {
     const int unit = at.block_unit0 + 32 * u + at.lane;
@@ -189,17 +219,14 @@ __device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
   for (int i = 0; i < kRowCells; i++) {
     if (!at.has_row(i)) break;
     const Row row = locate_row(layer, at.row0 + at.row_of(i));
-    rho_index[i] = static_cast<int>(row.index * layer.time + layer.time_of(row.index, 0));
+    rows[i].begin(p, row, in_range[0] ? at.block_unit0 + at.lane : 0);
 #pragma unroll
     for (int u = 0; u < kUnitCells; u++) {
-      const int unit = in_range[u] ? at.block_unit0 + 32 * u + at.lane : 0;
       state[i][u] = {};
-      if (in_range[u]) state[i][u].load(layer, row, unit);
-      input[i][u].begin(layer, row, unit, in_range[u]);
-      output[i][u] = HiddenOutput(p, row, unit, in_range[u]);
+      if (in_range[u]) state[i][u].load(layer, row, at.block_unit0 + 32 * u + at.lane);
       publisher.send(i, u, state[i][u].h, 1);
-      wx[i][u] = input[i][u].load_next(wx_float, steps);
     }
+    rows[i].load_next(layer, wx_float, steps, in_range, wx[i]);
   }
   const bool stores_rho = layer_norm && at.rank == 0 && at.lane == 0;
   const RootMeanSquare mean(layer);
@@ -249,16 +276,8 @@ __device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
 #pragma unroll
     for (int i = 0; i < kRowCells; i++) {
       if (!at.has_row(i)) break;
-      if (stores_rho) p.rho[rho_index[i]] = rho[i];
-      rho_index[i] += input[i][0].source_step < 0 ? -1 : 1;
-#pragma unroll
-      for (int u = 0; u < kUnitCells; u++) {
-        if constexpr (L2Operand<T>::kIsFloat)
-          output[i][u].store_float(state[i][u].h);
-        else
-          output[i][u].template store<T>(state[i][u].h);
-        if (t + 1 < steps) wx[i][u] = input[i][u].load_next(wx_float, steps - t - 1);
-      }
+      rows[i].store_next(p, stores_rho, rho[i], in_range, state[i]);
+      if (t + 1 < steps) rows[i].load_next(layer, wx_float, steps - t - 1, in_range, wx[i]);
     }
   }
 }

@@ -249,7 +249,6 @@ struct HiddenOutput {
   bool is_float;
   bool stored;
 
-  HiddenOutput() = default;
   __device__ __forceinline__ HiddenOutput(const PersistentForward& p, const Row& row, int unit,
                                           bool in_range)
       : stored(row.valid && in_range) {
@@ -283,7 +282,6 @@ struct RhoOutput {
   int target_step;
   bool stored;
 
-  RhoOutput() = default;
   __device__ __forceinline__ RhoOutput(const PersistentForward& p, const Row& row, bool chosen)
       : target_step(row.direction ? -1 : 1), stored(chosen && row.valid) {
     const int steps = static_cast<int>(p.layer.time);
