@@ -54,9 +54,9 @@ at hand, for any H and rows. The rules are in `cuda_ops/light_gru/choice.h`, the
 
 Rows are the sequences of a batch, times two if bidirectional. "`l2` 3 x 128, 16 rows, 3 waves": the
 kernels `forward_l2.cu` and `backward_l2.cu`, with three groups of 128 blocks; a group holds U and
-serves up to 16 rows; the GPU has room for one group at a time, so there are three waves.
-`stepwise`: one product and one kernel for each time step, because H is above 1024 in float32, or U
-needs more blocks than there are multiprocessors.
+serves up to 16 rows; the GPU has room for one group at a time, so there are three waves. Where the
+passes differ, a cell tells of both. `stepwise`: one product and one kernel for each time step,
+because H is above 1024 in float32, or U needs more blocks than there are multiprocessors.
 
 Nothing here was measured: the project has run on H100 and H200 alone. The clusters that run at once
 were asked of an H200's driver. Those of H100, B200 and RTX 5090 are pretended to be the same, but
@@ -64,9 +64,8 @@ that the RTX 5090 has no clusters of 16 blocks.
 """
 
 
-def _cell(gpu, hidden, rows, dtype):
-    # At these rows both passes take the same kernel.
-    choice = ops.choose_kernel(gpu, hidden, rows, dtype, "forward")
+def _pass(gpu, hidden, rows, dtype, direction):
+    choice = ops.choose_kernel(gpu, hidden, rows, dtype, direction)
     if choice.kernel == "stepwise":
         return "`stepwise`"
     waves = choice.waves(gpu, rows)
@@ -74,6 +73,11 @@ def _cell(gpu, hidden, rows, dtype):
         f"`{choice.kernel}` {choice.groups(rows)} x {choice.group}, {choice.rows} "
         f"row{'s' if choice.rows > 1 else ''}{f', {waves} waves' if waves > 1 else ''}"
     )
+
+
+def _cell(*layer):
+    forward, backward = (_pass(*layer, direction) for direction in ("forward", "backward"))
+    return forward if forward == backward else f"forward {forward}; backward {backward}"
 
 
 def _table(gpu):

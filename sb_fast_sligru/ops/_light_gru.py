@@ -80,9 +80,12 @@ def _obstacles(device, hidden, operand_dtype):
 
 @functools.cache
 def _query_persistent(hidden, operand_dtype, device_index):
-    # Whether there is a kernel at all depends neither on the rows nor on the direction.
-    choice = choose_kernel(gpu(device_index), hidden, 1, operand_dtype, "forward")
-    return choice.reason if choice.kernel == "stepwise" else ""
+    # Whether a pass has a kernel at all does not depend on the rows.
+    for direction in ("forward", "backward"):
+        choice = choose_kernel(gpu(device_index), hidden, 1, operand_dtype, direction)
+        if choice.kernel == "stepwise":
+            return choice.reason
+    return ""
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks while it traces and keeps the answer

@@ -67,43 +67,55 @@ def test_entries(gpu, dtype, hidden, rows, kernel, group, units, group_rows):
     assert choice.reason
 
 
+BOTH, FORWARD, BACKWARD = ("forward", "backward"), ("forward",), ("backward",)
+
+
 @pytest.mark.parametrize(
-    "gpu, dtype, hidden, rows, group, units, group_rows, waves",
+    "gpu, dtype, hidden, rows, directions, group, units, group_rows, waves",
     [
-        (A100, BF16, 16, 1, 1, 32, 1, 1),
-        (A100, BF16, 264, 16, 9, 32, 2, 1),
-        (A100, HALF, 512, 240, 16, 32, 14, 3),
-        (A100, BF16, 520, 17, 17, 32, 3, 1),
-        (A100, BF16, 1000, 16, 32, 32, 6, 1),
-        # 128 KB of weights leave 35 KB of shared memory, for 7 rows.
-        (A100, BF16, 1032, 1, 33, 32, 1, 1),
-        (A100, BF16, 2048, 240, 64, 32, 7, 35),
-        (A100, FLOAT, 520, 17, 17, 32, 3, 1),
-        (A100, FLOAT, 1000, 240, 32, 32, 7, 12),
-        (RTX3090, FLOAT, 512, 16, 16, 32, 4, 1),
-        (RTX3090, BF16, 1000, 17, 32, 32, 9, 1),
-        (RTX3090, FLOAT, 1000, 17, 63, 16, 9, 2),
-        (T4, FLOAT, 264, 1, 9, 32, 1, 1),
-        (T4, HALF, 512, 240, 16, 32, 14, 9),
-        (T4, HALF, 1000, 16, 32, 32, 8, 2),
-        (T4, FLOAT, 520, 16, 33, 16, 16, 1),
-        (RTX4090, BF16, 1032, 16, 65, 16, 16, 1),
-        (RTX4090, BF16, 2048, 17, 128, 16, 9, 2),
-        (RTX5090, FLOAT, 512, 16, 16, 32, 2, 1),
-        (RTX5090, BF16, 1024, 240, 32, 32, 16, 3),
-        (RTX5090, HALF, 2048, 240, 128, 16, 16, 15),
-        (WITHOUT_9_0A, BF16, 512, 17, 16, 32, 3, 1),
-        (WITHOUT_9_0A, FLOAT, 1000, 240, 32, 32, 15, 4),
-        (H200, HALF, 1032, 1, 33, 32, 1, 1),
-        (H200, BF16, 2048, 48, 64, 32, 12, 2),
+        (A100, BF16, 16, 1, BOTH, 1, 32, 1, 1),
+        (A100, HALF, 256, 500, BOTH, 8, 32, 13, 3),
+        # Forward, blocks of 64 units where they may have 160 KB of shared memory.
+        (A100, BF16, 264, 16, FORWARD, 5, 64, 1, 1),
+        (A100, BF16, 264, 16, BACKWARD, 9, 32, 2, 1),
+        (A100, HALF, 512, 240, FORWARD, 8, 64, 7, 3),
+        (A100, HALF, 512, 240, BACKWARD, 16, 32, 14, 3),
+        (WITHOUT_9_0A, BF16, 512, 17, FORWARD, 8, 64, 2, 1),
+        (WITHOUT_9_0A, BF16, 512, 17, BACKWARD, 16, 32, 3, 1),
+        (RTX3090, BF16, 512, 16, BOTH, 16, 32, 4, 1),
+        (T4, HALF, 512, 240, BOTH, 16, 32, 15, 8),
+        # Above, in both passes where 128 KB of U and a row fit.
+        (A100, BF16, 520, 17, BOTH, 9, 64, 2, 1),
+        (A100, BF16, 1000, 16, BOTH, 16, 64, 3, 1),
+        (A100._replace(shared_bytes=140 * 1024), BF16, 1024, 240, BOTH, 16, 64, 2, 20),
+        (RTX3090, BF16, 1000, 17, BOTH, 32, 32, 9, 1),
+        (RTX5090, BF16, 1024, 240, BOTH, 32, 32, 16, 3),
+        (T4, HALF, 1000, 16, BOTH, 32, 32, 16, 1),
+        (A100, BF16, 1032, 1, BOTH, 33, 32, 1, 1),
+        (A100, BF16, 2048, 240, BOTH, 64, 32, 16, 15),
+        (H200, HALF, 1032, 1, BOTH, 33, 32, 1, 1),
+        (H200, BF16, 2048, 48, BOTH, 64, 32, 12, 2),
+        (RTX4090, BF16, 1032, 16, BOTH, 65, 16, 16, 1),
+        (RTX4090, BF16, 2048, 17, BOTH, 128, 16, 9, 2),
+        (RTX5090, HALF, 2048, 240, BOTH, 128, 16, 16, 15),
+        # Of 64 KB, 32 KB hold a part of U and 32 KB 15 rows.
+        (T4, FLOAT, 264, 1, BOTH, 9, 32, 1, 1),
+        (T4, FLOAT, 512, 31, BOTH, 16, 32, 8, 2),
+        (RTX3090, FLOAT, 512, 16, BOTH, 16, 32, 4, 1),
+        (RTX5090, FLOAT, 512, 16, BOTH, 16, 32, 2, 1),
+        (A100, FLOAT, 520, 17, BOTH, 17, 32, 3, 1),
+        (A100, FLOAT, 1000, 240, BOTH, 32, 32, 16, 5),
+        (WITHOUT_9_0A, FLOAT, 1000, 240, BOTH, 32, 32, 15, 4),
+        (RTX3090, FLOAT, 1000, 17, BOTH, 63, 16, 9, 2),
+        (T4, FLOAT, 520, 16, BOTH, 33, 16, 16, 1),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_entries_of_l2(gpu, dtype, hidden, rows, group, units, group_rows, waves, direction):
-    choice = ops.choose_kernel(gpu, hidden, rows, dtype, direction)
-    assert choice[:4] == ("l2", group, units, group_rows)
-    assert choice.waves(gpu, rows) == waves
+def test_entries_of_l2(gpu, dtype, hidden, rows, directions, group, units, group_rows, waves):
+    for direction in directions:
+        choice = ops.choose_kernel(gpu, hidden, rows, dtype, direction)
+        assert choice[:4] == ("l2", group, units, group_rows)
+        assert choice.waves(gpu, rows) == waves
 
 
 @pytest.mark.parametrize(
@@ -142,8 +154,8 @@ def test_the_passes_differ_in_when_many_rows_pay(rows, forward, backward):
         (A100._replace(has_tensor_code=False), BF16, 512, "and code for it in the library"),
         (RTX3090, HALF, 2048, "SB_FAST_SLIGRU_MAX_MULTIPROCESSORS"),
         (T4, FLOAT, 1024, "SB_FAST_SLIGRU_MAX_SHARED_KB, has too few multiprocessors"),
-        (A100._replace(multiprocessors=15), BF16, 512, "has too few multiprocessors"),
-        (A100._replace(shared_bytes=4096), HALF, 512, "has too little shared memory"),
+        (A100._replace(multiprocessors=7), BF16, 512, "has too few multiprocessors"),
+        (A100._replace(shared_bytes=2048), HALF, 512, "has too little shared memory"),
     ],
     ids=str,
 )
@@ -154,15 +166,22 @@ def test_what_no_persistent_kernel_takes(gpu, dtype, hidden, reason):
         assert reason in choice.reason
 
 
-def most_rows_of_l2(gpu, hidden, dtype, units):
-    """Rows of a group of blocks of so many units: 0 if the GPU has no room for one."""
+def most_rows_of_l2(gpu, hidden, dtype, direction, units):
+    """Rows of a group of blocks of so many units: 0 without such a kernel, or room for it."""
     weights = 2 * units * hidden * dtype.itemsize
-    shared = 0 if weights <= 128 * 1024 else 128 * 1024  # beside 128 KB of registers
-    # Blocks of 16 units are for GPUs without so much shared memory.
-    fits = weights - shared <= 128 * 1024 and (units == 32 or shared == 0)
-    partial_sums = 2 * 8 * (2 * units * 4 + 32)  # of a row: two buffers, eight warps
-    most = min(16, (gpu.shared_bytes - shared) // partial_sums)
-    return max(0, most) if fits and -(-hidden // units) <= gpu.multiprocessors else 0
+    if weights > 128 * 1024:  # that the registers may hold
+        shared = 128 * 1024
+    else:
+        shared = 32 * 1024 if dtype == FLOAT else 0
+    fits = weights - shared <= 128 * 1024 and -(-hidden // units) <= gpu.multiprocessors
+    if units == 64:
+        fast = direction == "forward" and gpu.shared_bytes >= 160 * 1024
+        fits = fits and dtype != FLOAT and hidden > (256 if fast else 512)
+    if units == 16:  # for GPUs without so much shared memory
+        fits = fits and shared < 128 * 1024
+    of_a_warp = 4 * (2 * units + 1)  # candidates and gates, and one for their norm
+    most = min(8 if units == 64 else 16, (gpu.shared_bytes - shared) // (8 * of_a_warp))
+    return max(0, most) if fits else 0
 
 
 @pytest.mark.parametrize("gpu", [*{*CARDS.values(), WITHOUT_9_0A}], ids=str)
@@ -174,15 +193,20 @@ def test_every_choice_holds_the_layer(gpu):
     ):
         choice = ops.choose_kernel(gpu, hidden, rows, dtype, direction)
         kernel, group, units, group_rows, _ = choice
-        if kernel == "stepwise":
-            assert not any(most_rows_of_l2(gpu, hidden, dtype, each) for each in (32, 16))
-            continue
         padded = group * units
-        if kernel == "l2":
+        if kernel in ("stepwise", "l2"):
+            of_l2 = {
+                each: most
+                for each in (64, 32, 16)
+                if (most := most_rows_of_l2(gpu, hidden, dtype, direction, each))
+            }
+            # The largest blocks that fit.
+            assert units == next(iter(of_l2), 0)
+            if kernel == "stepwise":
+                continue
             assert hidden <= padded < hidden + units
-            most, at_once = most_rows_of_l2(gpu, hidden, dtype, units), gpu.multiprocessors // group
+            most, at_once = of_l2[units], gpu.multiprocessors // group
             assert 1 <= group_rows <= most
-            assert units == 32 or most_rows_of_l2(gpu, hidden, dtype, 32) == 0
         else:
             assert hidden <= padded and (padded == 128 or 2 * hidden > padded)
             at_once = getattr(gpu, f"clusters_of_{group}")
@@ -284,6 +308,15 @@ def test_a_library_without_code_for_the_gpu(pretend):
         ):
             ops.choose_backend("cuda:0", 512, BF16)
     assert "  its code      none in the library" in info.report()
+
+
+def test_a_gpu_with_room_for_the_forward_pass_alone(pretend):
+    """A part of an A100: eight blocks hold U forward, the backward would need 16."""
+    part = A100._replace(multiprocessors=14)
+    assert ops.choose_kernel(part, 512, 16, BF16, "forward").kernel == "l2"
+    pretend(part, "8.0", ["sm_80"])
+    name, reason = ops.choose_backend("cuda:0", 512, BF16)
+    assert name == "stepwise" and "has too few multiprocessors" in reason
 
 
 @pytest.mark.parametrize(
