@@ -31,7 +31,7 @@ def build(dtype=torch.float32, device="cpu", rnn_class=sb_fast_sligru.SLiGRU, **
         time_pooling_size=4,
         rnn_class=rnn_class,
         rnn_layers=2,
-        rnn_neurons=6,
+        rnn_neurons=32,
         rnn_bidirectional=True,
         dnn_neurons=9,
         **({"dropout": 0.0} | arguments),
@@ -124,20 +124,18 @@ def test_inductor_computes_what_eager_mode_does(training):
 @pytest.mark.gpu
 def test_make_graphed_callables():
     """Training steps of the graph equal those of eager mode, the running statistics included."""
-    sample = features(4, 48, device="cuda")
     eager, graphed = build(device="cuda"), build(device="cuda")
-    graphed.load_state_dict(eager.state_dict())
-    graphed = torch.cuda.make_graphed_callables(graphed, (sample.clone(),))
+    graphed = torch.cuda.make_graphed_callables(graphed, (features(4, 48, device="cuda"),))
     graphed.load_state_dict(eager.state_dict())  # its warm-up has moved the statistics
+    batches = [features(4, 48).cuda() for _ in range(3)]
     for net in (eager, graphed):
-        torch.manual_seed(5)
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-        for _ in range(5):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        for x in batches:
             optimizer.zero_grad()
-            net(features(4, 48, device="cuda")).square().mean().backward()
+            net(x).square().mean().backward()
             optimizer.step()
     for name, tensor in eager.state_dict().items():
-        assert error(graphed.state_dict()[name], tensor) < 1e-4, name
+        assert error(graphed.state_dict()[name], tensor) < 1e-3, name
 
 
 # torch.export and AOTInductor ----------------------------------------------------------------
@@ -226,5 +224,5 @@ def test_scripted_encoder(rnn_class):
         x = features(2, 40, torch.float64)
         expected = run(net, x)
         for name, tensor in run(scripted, x).items():
-            # Norms over so few values make much of rounding.
-            assert error(tensor, expected[name]) < 1e-7, name
+            # TorchScript's derivatives of SpeechBrain's own layers differ by some 1e-9.
+            assert error(tensor, expected[name]) < 1e-8, name
