@@ -81,17 +81,23 @@ test-gpu: $(BUILT)
 
 # Results must be the same under racecheck, which slows some warps down: see bench_step.cu.
 SANITIZER := compute-sanitizer --error-exitcode 1 --tool
+# With the variables $(1), that limit the GPU.
+define SANITIZE_SMALL
+$(1) $(SANITIZER) memcheck build/bench_step small
+$(1) $(SANITIZER) initcheck build/bench_step small
+$(1) build/bench_step small > build/small.txt
+$(1) $(SANITIZER) racecheck --log-file build/racecheck.txt build/bench_step small \
+	> build/small-racecheck.txt
+diff build/small.txt build/small-racecheck.txt
+endef
 STEP_ARCH := $(firstword $(subst ;, ,$(subst .,,$(TORCH_CUDA_ARCH_LIST))))
 sanitize: $(BUILT) build/bench_step
-	@echo "== Small cases of the kernels under compute-sanitizer (racecheck: up to half an hour)"
+	@echo "== Small cases of the kernels under compute-sanitizer (racecheck: half an hour or more)"
 	$(SANITIZER) memcheck --kernel-name kns=sb_fast_sligru \
 		$(RUN) -m pytest -m gpu tests/ops -k same_input_same_bits
-	$(SANITIZER) memcheck build/bench_step small
-	$(SANITIZER) initcheck build/bench_step small
-	build/bench_step small > build/small.txt
-	$(SANITIZER) racecheck --log-file build/racecheck.txt build/bench_step small \
-		> build/small-racecheck.txt
-	diff build/small.txt build/small-racecheck.txt
+	$(call SANITIZE_SMALL,)
+	$(call SANITIZE_SMALL,SB_FAST_SLIGRU_MAX_CLUSTER=1)
+	$(call SANITIZE_SMALL,SB_FAST_SLIGRU_MAX_CLUSTER=1 SB_FAST_SLIGRU_MAX_SHARED_KB=99)
 
 build/bench_step: benchmarks/bench_step.cu $(CPP)
 	@mkdir -p build

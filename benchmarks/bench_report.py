@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 PASSES = ("forward", "training")
+WITHOUT_CLUSTERS = " `ours-l2`: ours without clusters, as on GPUs that have none."
 GROWTH_FROM = 1000  # steps: the longest length is compared with this one
 
 
@@ -87,7 +88,8 @@ def markdown(results):
         parts.append(
             f"## Case {case}: B={first['batch']}, I={first['features']}, H={first['hidden']}, "
             f"layers={first['layers']}, {directions}\n\n"
-            "Median milliseconds, forward / training (forward and backward).\n\n"
+            "Median milliseconds, forward / training (forward and backward)."
+            f"{WITHOUT_CLUSTERS if any(row['contender'] == 'ours-l2' for row in rows) else ''}\n\n"
             + times_table(rows)
         )
     if growth := growth_table(results["rows"]):

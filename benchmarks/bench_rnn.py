@@ -10,6 +10,7 @@ Cases (B batch, L steps, I features, H hidden units):
     A     B=16, L=100 to 3000, I=1024, H=512, 4 layers, unidirectional; one GPU
     B     B=24, L=400, I=2560, H=1024, 4 layers, bidirectional; one GPU
     C     B with 120 sequences
+    D     B=32, L=400, I=1024, H=2048, 1 layer, unidirectional; one GPU
     cpu   B=16, L=500 to 2000, I=80, H=512, 1 layer, 2 threads, fp32
 
 What is timed is a whole network in training mode on random input, without dropout: projections,
@@ -27,10 +28,12 @@ not measured and says so, like every row that comes up after `--budget` seconds.
 
 Precisions: fp64, fp32 (TF32 off), tf32 (fp32 tensors, TF32 on in cuBLAS and cuDNN), bf16 and fp16
 (modules and input converted), bf16-autocast and fp16-autocast (fp32 modules under torch.autocast).
-Contenders: ours by backend, ours and SpeechBrain's replayed from a CUDA graph, SpeechBrain's eager
-and by torch.jit.script (its `--jit`), cuDNN's multi-layer GRU and LSTM on time-major input, and
-`cudnn-lstm-static`: single unidirectional fp16 LSTM layers stacked here, since PyTorch takes
-cuDNN's fastest kernel for these only (two a layer where bidirectional, one on the flipped input).
+Contenders: ours by backend, `ours-l2` (without clusters, as on GPUs that have none: in a process of
+its own, limited by SB_FAST_SLIGRU_MAX_CLUSTER=1), ours and SpeechBrain's replayed from a CUDA
+graph, SpeechBrain's eager and by torch.jit.script (its `--jit`), cuDNN's multi-layer GRU and LSTM
+on time-major input, and `cudnn-lstm-static`: single unidirectional fp16 LSTM layers stacked here,
+since PyTorch takes cuDNN's fastest kernel for these only (two a layer where bidirectional, one on
+the flipped input).
 Without `--precisions` each contender has its own list, so that the default run ends in time.
 
 Peak memory is what PyTorch's allocator handed out at most: parameters, input, upstream gradient
@@ -63,7 +66,9 @@ import platform
 import re
 import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -115,6 +120,7 @@ CASES = {
         Case("A", 16, (100, 500, 1000, 2000, 3000), 1024, 512, 4),
         Case("B", 24, (400,), 2560, 1024, 4, bidirectional=True),
         Case("C", 120, (400,), 2560, 1024, 4, bidirectional=True),
+        Case("D", 32, (400,), 1024, 2048, 1),
         Case("cpu", 16, (500, 1000, 2000), 80, 512, 1, device="cpu", threads=2),
     )
 }
@@ -161,6 +167,13 @@ class Contender:
     graphed: bool = False
     scripted: bool = False
     only: tuple = tuple(PRECISIONS)
+    # Variables of the environment, which the library reads once: see `Bench.run_apart`.
+    variables: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def apart(self):
+        """Whether it needs a process of its own."""
+        return not self.variables.items() <= os.environ.items()
 
     @property
     def warm_up(self):
@@ -176,6 +189,12 @@ CONTENDERS = (
         "ours-persistent",
         {"sligru": SINGLE + AUTOCAST, "ligru": ("fp32", "bf16")},
         backend="persistent",
+    ),
+    Contender(
+        "ours-l2",
+        {"sligru": ("fp32", "bf16", "fp16"), "ligru": ()},
+        backend="persistent",
+        variables={"SB_FAST_SLIGRU_MAX_CLUSTER": "1"},
     ),
     Contender("cudnn-lstm-static", {"lstm": ("fp16",)}, only=("fp16",)),
     Contender("cudnn-gru", {"gru": SINGLE}),
@@ -415,6 +434,26 @@ class Bench:
         peak = torch.cuda.max_memory_allocated() - baseline if case.device == "cuda" else None
         return row | summary(row, times, setup, peak)
 
+    def run_apart(self, contender, options):
+        """The same run of one contender, in a process that has its variables."""
+        with tempfile.TemporaryDirectory() as folder:
+            left = max(0.0, self.deadline - time.monotonic())
+            changes = {"contenders": [contender.name], "budget": left}
+            same = arguments_of(argparse.Namespace(**vars(options) | changes))
+            command = [sys.executable, __file__, *same, "--output", folder]
+            try:
+                process = subprocess.run(
+                    command, env=os.environ | contender.variables, stdout=subprocess.DEVNULL
+                )
+            finally:  # what it had measured when either was interrupted
+                for path in Path(folder).glob("*.json"):
+                    results = bench_report.read_results(path)
+                    self.rows += results["rows"]
+                    self.accuracy += results["accuracy"]
+        if process.returncode not in (0, 1):  # 1: a row failed, which is among the results
+            raise ChildProcessError(f"{contender.name}: exit status {process.returncode}")
+        self.save(self)
+
     def measure_accuracy(self, names, precisions, device, sizes):
         """Errors of h, dwx and du, one SLi-GRU layer, ReLU; inputs are exact in all precisions."""
         torch.manual_seed(2)
@@ -643,14 +682,14 @@ def make_parser():
     return parser
 
 
-def command(options):
-    """The command line of what was measured: without the paths of this machine."""
-    words = ["bench_rnn.py"]
+def arguments_of(options):
+    """The words of a command line: without the paths of this machine."""
+    words = []
     for name in ("cases", "contenders", "cells", "precisions", "passes", "cap", "budget"):
         value = getattr(options, name)
         if value != make_parser().get_default(name):
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return " ".join(words + [f"--{name}" for name in ("accuracy", "tiny") if vars(options)[name]])
+    return words + [f"--{name}" for name in ("accuracy", "tiny") if vars(options)[name]]
 
 
 def run(options):
@@ -672,7 +711,7 @@ def run(options):
     this_run = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": options.commit or machine.commit_of(ROOT),
-        "command": command(options),
+        "command": " ".join(["bench_rnn.py", *arguments_of(options)]),
         "machine": here,
         "versions": versions(),
         "interrupted": None,
@@ -689,7 +728,7 @@ def run(options):
     bench = Bench(cap, options.budget, 0.02 if options.tiny else 1.0, save)
     try:
         measure_all(bench, options, cases, contenders, "cuda" if on_gpu else "cpu")
-    except (KeyboardInterrupt, GPULost) as reason:
+    except (KeyboardInterrupt, GPULost, ChildProcessError) as reason:
         this_run["interrupted"] = type(reason).__name__
         print(f"stopped; what was measured is kept. {reason}", file=sys.stderr)
     if not bench.rows and not bench.accuracy and not this_run["interrupted"]:
@@ -701,7 +740,7 @@ def run(options):
     print(text)
     print(f"written: {options.output / stem}.*", file=sys.stderr)
     if this_run["interrupted"]:
-        return 1 if this_run["interrupted"] == "GPULost" else 130
+        return 130 if this_run["interrupted"] == "KeyboardInterrupt" else 1
     failed = [row for row in bench.rows + bench.accuracy if row["status"] == "failed"]
     return 1 if any(row["contender"].startswith("ours") for row in failed) else 0
 
@@ -714,29 +753,41 @@ def measure_all(bench, options, cases, contenders, device):
         del operands
     if options.accuracy:
         sizes = ACCURACY_SIZES | ({"batch": 2, "time": 8, "hidden": 8} if options.tiny else {})
-        fitting = {
-            contender.name
-            for contender in CONTENDERS
-            if contender.device in (None, device)
-            and "sligru" in contender.cells
-            and not (contender.graphed or contender.scripted)
-        }
-        bench.measure_accuracy(contenders & fitting, options.precisions, device, sizes)
+        here = {c.name for c in CONTENDERS if has_accuracy(c, device) and not c.apart}
+        bench.measure_accuracy(contenders & here, options.precisions, device, sizes)
     for contender in CONTENDERS:
-        for cell, usual in contender.cells.items():
-            if contender.name not in contenders or cell not in options.cells:
+        if contender.name not in contenders:
+            continue
+        networks = list(networks_of(contender, options, cases))
+        if contender.apart:
+            if networks or (options.accuracy and has_accuracy(contender, device)):
+                bench.run_apart(contender, options)
+            continue
+        for cell, case, lengths, precision in networks:
+            if case.threads:
+                torch.set_num_threads(case.threads)
+            bench.network_rows(contender, cell, precision, case, lengths, options.passes)
+
+
+def has_accuracy(contender, device):
+    """Whether `--accuracy` is about a contender."""
+    return (
+        contender.device in (None, device)
+        and "sligru" in contender.cells
+        and not (contender.graphed or contender.scripted)
+    )
+
+
+def networks_of(contender, options, cases):
+    """Yield cell, case, lengths and precision of a contender's networks."""
+    for cell, usual in contender.cells.items():
+        for case, lengths in cases:
+            if cell not in options.cells or contender.device not in (None, case.device):
                 continue
-            for case, lengths in cases:
-                if contender.device not in (None, case.device):
-                    continue
-                if case.threads:
-                    torch.set_num_threads(case.threads)
-                usual_here = ("fp32",) if case.device == "cpu" else usual
-                for precision in options.precisions or usual_here:
-                    if precision in contender.only:
-                        bench.network_rows(
-                            contender, cell, precision, case, lengths, options.passes
-                        )
+            usual_here = ("fp32",) if case.device == "cpu" else usual
+            for precision in options.precisions or usual_here:
+                if precision in contender.only:
+                    yield cell, case, lengths, precision
 
 
 def main(arguments=None):

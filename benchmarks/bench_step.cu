@@ -4,7 +4,8 @@
 //   make build/bench_step
 //   build/bench_step [PART]
 //
-// PART of a space and a case's label, such as "float32, H = 512" or " Li-GRU", chooses cases.
+// PART of a space and a case's label, such as "float32, H = 512" or " Li-GRU", chooses cases. With
+// SB_FAST_SLIGRU_MAX_CLUSTER=1 the kernels without clusters run (cuda_ops/README.md).
 //
 // `build/bench_step small [PART]` launches the kernels once on small inputs and prints a checksum
 // of what they computed: for compute-sanitizer, under which it must be the same (`make sanitize`).
@@ -149,17 +150,24 @@ void run(const Case& c, bool small) {
   layer.wx_batch_stride = int64_t{2} * c.hidden * c.steps, layer.wx_time_stride = 2 * c.hidden;
   layer.drop_mask = random(DType::kFloat32, rows * hidden, 1.f);
 
+  const auto exchange = [&](const KernelChoice& choice, Direction direction) {
+    const int64_t needed = exchange_bytes(choice, layer, direction);
+    return needed > 0 ? arena.take(needed) : nullptr;
+  };
+
   PersistentForward forward = {};
   forward.layer = layer;
   forward.u = random(c.operand, 2 * hidden * hidden, 1.8f / std::max(c.hidden / 16, 1));
   forward.h = arena.take(tokens * c.directions * hidden * bytes(c.h));
   forward.rho = c.layer_norm ? arena.floats(rows * c.steps) : nullptr;
   forward.choice = choose(hidden, rows, c.operand, Direction::kForward, current_gpu());
+  forward.exchange = exchange(forward.choice, Direction::kForward);
 
   PersistentBackward backward = {};
   backward.layer = layer;
   backward.u = forward.u, backward.h = forward.h, backward.rho = forward.rho;
   backward.choice = choose(hidden, rows, c.operand, Direction::kBackward, current_gpu());
+  backward.exchange = exchange(backward.choice, Direction::kBackward);
   const size_t padded = backward.choice.padded_hidden();
   if (const int64_t packed = packed_bytes(backward.choice.kernel)) {
     const auto* u = static_cast<const float*>(forward.u);
@@ -232,6 +240,9 @@ const std::vector<Case> kTimed = {
     {"Li-GRU bfloat16", 120, 2, 400, 1024, 150, false},
     {"SLi-GRU bfloat16", 140, 2, 400, 1024, 130},
     {"SLi-GRU bfloat16", 240, 2, 200, 1024, 75},
+    {"SLi-GRU bfloat16", 32, 1, 400, 2048, 400},
+    {"SLi-GRU float16", 32, 1, 400, 2048, 400, true, DType::kFloat16, DType::kFloat16},
+    {"Li-GRU bfloat16", 32, 1, 400, 2048, 400, false},
     {"SLi-GRU bfloat16", 16, 1, 4000, 256, 1000},
     {"SLi-GRU bfloat16", 60, 1, 4000, 256, 1000},
     {"SLi-GRU bfloat16", 16, 1, 4000, 128, 1000},
@@ -270,6 +281,7 @@ std::vector<Case> small_cases() {
       if (type != DType::kFloat32) {  // kernels for more rows
         cases.push_back({name, 17, 2, 4, 264, 4, layer_norm, type, type});
         cases.push_back({name, 86, 2, 4, 1016, 4, layer_norm, type, type});
+        cases.push_back({name, 9, 1, 4, 2040, 4, layer_norm, type, type});
       }
     }
   cases.push_back({"bfloat16, float h", 9, 1, 4, 1024, 4, true, DType::kBFloat16, DType::kFloat32});

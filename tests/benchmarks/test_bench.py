@@ -1,6 +1,9 @@
 """benchmarks/bench_rnn.py on sizes that only show that everything runs."""
 
 import json
+import os
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +160,81 @@ def test_a_contender_that_fails_is_a_row_and_ours_an_exit_status(bench_rnn, tmp_
         assert [row["reason"] for row in rows] == ["RuntimeError: says this test"] * 3
 
 
+# ---- a contender in a process of its own
+
+
+@pytest.fixture
+def apart(bench_rnn, monkeypatch):
+    """Ours on the CPU, with a variable that this process lacks."""
+    contender = bench_rnn.dataclasses.replace(
+        next(c for c in bench_rnn.CONTENDERS if c.name == "ours-cpu"),
+        name="ours-limited",
+        variables={"SB_FAST_SLIGRU_MAX_CLUSTER": "1"},
+    )
+    monkeypatch.delenv("SB_FAST_SLIGRU_MAX_CLUSTER", raising=False)
+    monkeypatch.setattr(bench_rnn, "CONTENDERS", (*bench_rnn.CONTENDERS, contender))
+
+
+ARGUMENTS = ["--tiny", "--cases", "cpu", "--cells", "sligru", "--passes", "forward", "--accuracy"]
+
+
+def test_a_process_with_variables_measures_rows_of_the_same_run(
+    bench_rnn, apart, tmp_path, monkeypatch
+):
+    processes = []
+
+    def run_here(command, env, stdout):
+        processes.append(command)
+        with monkeypatch.context() as changed:
+            changed.setattr(os, "environ", env)
+            return subprocess.CompletedProcess(command, bench_rnn.main(command[2:]))
+
+    monkeypatch.setattr(bench_rnn, "subprocess", SimpleNamespace(run=run_here, DEVNULL=None))
+    command = [*ARGUMENTS, "--commit", "abc", "--output", str(tmp_path)]
+    assert bench_rnn.main([*command, "--contenders", "ours-cpu", "ours-limited"]) == 0
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    (run,) = results["runs"]
+    assert run["command"].endswith(
+        "--contenders ours-cpu ours-limited --cells sligru --passes forward --accuracy --tiny"
+    )
+    assert [(row["contender"], row["time"], row["status"]) for row in results["rows"]] == [
+        (name, length, "measured") for name in ("ours-cpu", "ours-limited") for length in (2, 4, 8)
+    ]
+    measured = {row["contender"] for row in results["accuracy"] if row["status"] == "measured"}
+    assert measured == {"ours-cpu", "ours-limited"}
+    # Where the variable is set already, the process is this one.
+    monkeypatch.setenv("SB_FAST_SLIGRU_MAX_CLUSTER", "1")
+    assert bench_rnn.main([*command, "--contenders", "ours-limited"]) == 0
+    assert len(processes) == 1
+
+
+def test_a_process_that_dies_ends_the_run_and_keeps_its_rows(
+    bench_rnn, apart, tmp_path, monkeypatch
+):
+    def dying(command, **_):
+        return subprocess.CompletedProcess(command, -11)
+
+    monkeypatch.setattr(bench_rnn, "subprocess", SimpleNamespace(run=dying, DEVNULL=None))
+    command = [*ARGUMENTS, "--contenders", "ours-cpu", "ours-limited", "--output", str(tmp_path)]
+    assert bench_rnn.main([*command, "--commit", "abc"]) == 1
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert results["runs"][0]["interrupted"] == "ChildProcessError"
+    assert {row["contender"] for row in results["rows"]} == {"ours-cpu"}
+
+
+def test_ours_without_clusters(bench_rnn):
+    assert bench_rnn.select_contenders(["ours-l2"]) == {"ours-l2"}
+    (contender,) = (c for c in bench_rnn.CONTENDERS if c.name == "ours-l2")
+    assert contender.backend == "persistent"
+    rows = {"case": "A", "contender": "ours-l2", "bidirectional": False, "status": "skipped"}
+    rows |= {"reason": "", "batch": 1, "features": 1, "hidden": 1, "layers": 1, "time": 1}
+    rows |= {"run": 0, "cell": "sligru", "precision": "bf16", "pass": "forward"}
+    text = bench_rnn.bench_report.markdown({"runs": [], "rows": [rows], "accuracy": []})
+    assert "`ours-l2`: ours without clusters" in text
+
+
 # ---- --check
 
 
@@ -215,7 +293,7 @@ def test_check_sees_memory_and_takes_a_tolerance(bench_rnn, results, tmp_path, c
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--cases", "D"], "--cases: got D, expected A, B, C, cpu"),
+        (["--cases", "E"], "--cases: got E, expected A, B, C, D, cpu"),
         (["--cases", "cpu-7"], "--cases: got cpu-7, expected cpu or one of cpu-500"),
         (["--tiny", "--cases", "cpu", "--contenders", "stock-jit"], "nothing to measure"),
         (["--contenders", "theirs"], "--contenders: got theirs, expected ours-persistent"),
