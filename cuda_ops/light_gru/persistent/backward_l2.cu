@@ -232,7 +232,7 @@ __device__ __forceinline__ void backward(const L2Wave<PersistentBackward>& wave)
   extern __shared__ __align__(128) uint8_t shared_bytes[];
   const PersistentBackward& p = wave.p;
   const L2Position at(wave, kUnits);
-  const L2Memory memory = {l2_most_rows(kUnits), L2Product<Shape>::kRowMessages, at.blocks};
+  const L2Memory memory = {Shape::kMostRows, L2Product<Shape>::kRowMessages, at.blocks};
   char* const exchange = static_cast<char*>(p.exchange) + blockIdx.x / at.blocks * memory.bytes();
   const uint32_t fragments = shared_address(shared_bytes);
   const uint32_t partials = fragments + Shape::kSharedBytes;
@@ -362,8 +362,7 @@ cudaError_t launch(const PersistentBackward& p, cudaStream_t stream) {
   const int capacity = p.choice.padded_hidden();
   if (p.choice.units == 16) return launch<T, 16, kIsFloat ? 1024 : 2048>(p, stream);
   if constexpr (!kIsFloat) {
-    if (p.choice.units == 64)
-      return capacity == 512 ? launch<T, 64, 512>(p, stream) : launch<T, 64, 1024>(p, stream);
+    if (p.choice.units == 64) return launch<T, 64, 1024>(p, stream);
     if (capacity == 2048) return launch<T, 32, 2048>(p, stream);
   }
   if (capacity == 256) return launch<T, 32, 256>(p, stream);

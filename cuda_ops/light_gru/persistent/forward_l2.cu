@@ -190,7 +190,7 @@ __device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
   const PersistentForward& p = wave.p;
   const Recurrence& layer = p.layer;
   const L2Position at(wave, kUnits);
-  const L2Memory memory = {l2_most_rows(kUnits), L2Product<Shape>::kRowMessages, at.blocks};
+  const L2Memory memory = {Shape::kMostRows, L2Product<Shape>::kRowMessages, at.blocks};
   char* const exchange = static_cast<char*>(p.exchange) + blockIdx.x / at.blocks * memory.bytes();
   const uint32_t fragments = shared_address(shared_bytes);
   const uint32_t partials = fragments + Shape::kSharedBytes;

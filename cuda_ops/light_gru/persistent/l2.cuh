@@ -255,11 +255,11 @@ struct L2Shape {
   static constexpr int kBlockChunks = kUnits / (kForward ? 16 : 8);  // that a block sends
 
   static constexpr int kFragments = kTiles * kChunks;
-  // One fragment of so many lies in shared memory; 0: none.
+  // One fragment of so many lies in shared memory; of the last, none.
   static constexpr int kSharedOf = kFragments > 32                        ? 2
                                    : kFragments > 16 && Operand::kIsFloat ? 4
-                                                                          : 0;
-  static constexpr int kInShared = kSharedOf > 0 ? kFragments / kSharedOf : 0;
+                                                                          : kFragments + 1;
+  static constexpr int kInShared = kFragments / kSharedOf;
   static constexpr int kInRegisters = kFragments - kInShared;
   static constexpr int kSharedBytes = kL2Warps * kInShared * kFragmentBytes;
   // Chunks whose messages are read together: as many as there are registers for.
@@ -271,7 +271,8 @@ struct L2Shape {
   // The cells of a lane: of kRowCells rows by kUnitCells units.
   static constexpr int kUnitCells = kUnits > 32 ? kUnits / 32 : 1;
   static constexpr int kRowCells = kL2Cells / kUnitCells;
-  static constexpr int kColumnTiles = l2_most_rows(kUnits) / Operand::kTileRows;
+  static constexpr int kMostRows = l2_most_rows(kUnits);
+  static constexpr int kColumnTiles = kMostRows / Operand::kTileRows;
   // Bytes of the partial sums, [row][warp][unit]: of a row, candidate and gate of a unit forward,
   // one value backward. Padded, so that the rows of a store use different banks.
   static constexpr int kValueBytes = kForward ? 8 : 4;
@@ -313,11 +314,11 @@ struct L2Product {
   }
 
   static __device__ __forceinline__ constexpr bool is_shared(int fragment) {
-    return Shape::kSharedOf > 0 && (fragment + 1) % Shape::kSharedOf == 0;
+    return (fragment + 1) % Shape::kSharedOf == 0;
   }
   // Among those of its kind.
   static __device__ __forceinline__ constexpr int place(int fragment) {
-    const int shared = Shape::kSharedOf > 0 ? fragment / Shape::kSharedOf : 0;
+    const int shared = fragment / Shape::kSharedOf;
     return is_shared(fragment) ? shared : fragment - shared;
   }
 
