@@ -40,7 +40,7 @@ BUILT := $(STAMPS)/.built
 BUILT_FOR_DEMO := $(if $(GPU_ARCHS),$(BUILT),$(STAMPS)/.built-cpu)
 
 .PHONY: help demo test test-gpu sanitize test-stable-abi lint build clean
-.PHONY: wheel sdist test-wheel test-install
+.PHONY: wheel sdist test-wheel registers test-install
 
 help:
 	@echo "make demo             train the recipe with our encoder and SpeechBrain's, compare epoch times"
@@ -53,6 +53,7 @@ help:
 	@echo "make wheel            wheels in dist/: for CPUs, and with nvcc for every GPU (10 minutes)"
 	@echo "make sdist            source distribution in dist/"
 	@echo "make test-wheel       try the wheels under other Pythons and torches (downloads gigabytes)"
+	@echo "make registers        check that no kernel of dist/'s wheel without clusters spills registers"
 	@echo "make test-install     try builds from the source in fresh environments (15 minutes)"
 	@echo "make clean            remove what was built (the environment .venv stays)"
 
@@ -99,9 +100,11 @@ sanitize: $(BUILT) build/bench_step
 	$(call SANITIZE_SMALL,SB_FAST_SLIGRU_MAX_CLUSTER=1)
 	$(call SANITIZE_SMALL,SB_FAST_SLIGRU_MAX_CLUSTER=1 SB_FAST_SLIGRU_MAX_SHARED_KB=99)
 
+# Device code calls constexpr functions of choice.h, as torch's own flags for nvcc allow.
 build/bench_step: benchmarks/bench_step.cu $(CPP)
 	@mkdir -p build
-	nvcc -O3 -std=c++20 -gencode=arch=compute_$(STEP_ARCH),code=sm_$(STEP_ARCH) -Icuda_ops -o $@ \
+	nvcc -O3 -std=c++20 --expt-relaxed-constexpr \
+		-gencode=arch=compute_$(STEP_ARCH),code=sm_$(STEP_ARCH) -Icuda_ops -o $@ \
 		$< cuda_ops/common/gpu.cu $(wildcard cuda_ops/light_gru/persistent/*.cu)
 
 # The library uses torch's stable ABI, so a file built with torch 2.11 must work with torch 2.13.
@@ -137,6 +140,10 @@ TRYING := $(RUN) -m pytest $(if $(TRY),-k "$(TRY)")
 test-wheel: $(INSTALLED)
 	@echo "== Wheels of dist/ in fresh environments"
 	$(TRYING) tests/install/try_wheel.py
+
+# Needs no environment, unlike the other tests of wheels.
+registers: $(INSTALLED)
+	$(RUN) -m pytest tests/install/try_wheel.py -k has_a_stack
 
 test-install: $(INSTALLED)
 	@echo "== Builds from the source in fresh environments"

@@ -3,11 +3,15 @@
 import contextlib
 import importlib.util
 import os
+import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
@@ -25,6 +29,23 @@ def run_limited(limits, *arguments):
     limits = {f"SB_FAST_SLIGRU_MAX_{name}": str(value) for name, value in limits.items()}
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=os.environ | limits, capture_output=True, text=True)
+
+
+def stacks_of_l2(library):
+    """Bytes of stack by architecture and name of the kernels without clusters in a CUDA library."""
+    # Triton, which torch for CUDA brings along, has a cuobjdump: a toolkit may lack it.
+    triton = importlib.util.find_spec("triton")
+    folder = Path(triton.origin).parent / "backends/nvidia/bin" if triton else None
+    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=folder)
+    if cuobjdump is None:
+        pytest.skip("there is no cuobjdump")
+    command = [cuobjdump, "-res-usage", str(library)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stacks = {}
+    for arch, code in re.findall(r"^arch = (\w+)$(.*?)(?=^arch = |\Z)", report, re.M | re.S):
+        kernels = re.findall(r"Function (\w+_l2_kernel\w+):\s+REG:\d+ STACK:(\d+)", code)
+        stacks |= {(arch, name): int(stack) for name, stack in kernels}
+    return stacks
 
 
 @contextlib.contextmanager

@@ -120,21 +120,42 @@ def test_the_table_of_kernels_without_clusters_is_that_of_the_library():
     """With as much shared memory as an H200 has, and with as little as an RTX 3090."""
     readme = (ROOT / "cuda_ops/README.md").read_text(encoding="utf-8")
     lines = re.findall(
-        r"^\| `l2` \| (16-bit|float32) \| to (\d+) \| H / (\d+) \| (\d+) \| (\d+) \| (.+) \|$",
+        r"^\| `l2`( \*)? \| (16-bit|float32) \| to (\d+) \| H / (\d+) \| (\d+) \| (\d+) "
+        r"\| (?:nothing|(\d+) KB) \|$",
         readme,
         re.M,
     )
-    assert all(divisor == units for _, _, divisor, units, *_ in lines)
-    said = {(kind, *map(int, (hidden, units, rows))) for kind, hidden, _, units, rows, _ in lines}
-    taken = set()
-    for kind, dtype, sizes in (
-        ("16-bit", torch.bfloat16, (1024, 2048)),
-        ("float32", torch.float32, (512, 1024)),
+    of_a_row = re.search(
+        r"([\d.]+) KB with 64 units, ([\d.]+) KB with 32, ([\d.]+) KB with 16,", readme
+    ).groups()
+    of_a_row = dict(zip((64, 32, 16), map(float, of_a_row), strict=True))
+
+    def choose(kind, hidden, rows, kilobytes, direction):
+        gpu = H200._replace(has_cluster_code=False, shared_bytes=int(1024 * kilobytes))
+        dtype = {"16-bit": torch.bfloat16, "float32": torch.float32}[kind]
+        return ops.choose_kernel(gpu, hidden, rows, dtype, direction)
+
+    taken = {}
+    sizes = [("16-bit", hidden) for hidden in (256, 512, 1024, 2048)]
+    sizes += [("float32", hidden) for hidden in (512, 1024)]
+    for (kind, hidden), kilobytes, direction in itertools.product(
+        sizes, (227, 99), ("forward", "backward")
     ):
-        for hidden, kilobytes in itertools.product(sizes, (227, 99)):
-            gpu = H200._replace(has_cluster_code=False, shared_bytes=1024 * kilobytes)
-            choice = ops.choose_kernel(gpu, hidden, 1000, dtype, "forward")
-            assert choice.kernel == "l2" and choice.group == hidden // choice.units
-            # Of 132 multiprocessors one wave serves 16 rows a group; 1000 rows fill it.
-            taken.add((kind, hidden, choice.units, choice.rows))
-    assert said == taken
+        # Of 132 multiprocessors one wave serves as many rows as fit a group; 1000 rows fill it.
+        choice = choose(kind, hidden, 1000, kilobytes, direction)
+        assert choice.kernel == "l2" and choice.group == hidden // choice.units
+        line = kind, hidden, choice.units, choice.rows
+        taken.setdefault(line, set()).add((kilobytes, direction))
+
+    said = set()
+    for star, kind, hidden, divisor, units, rows, kept in lines:
+        assert divisor == units
+        line = kind, *map(int, (hidden, units, rows))
+        said.add(line)
+        assert (taken[line] == {(227, "forward")}) == bool(star)
+        if not star:  # it needs what is kept of U and a row
+            _, hidden, units, _ = line
+            for part, fits in ((1, True), (0.5, False)):
+                kilobytes = int(kept or 0) + part * of_a_row[units]
+                assert (choose(kind, hidden, 1, kilobytes, "backward").units == units) == fits
+    assert said == taken.keys()
