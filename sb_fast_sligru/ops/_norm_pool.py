@@ -51,8 +51,9 @@ def choose_norm_pool_backend(device, dtype, frequencies, channels, pool_frequenc
     """
     device = torch.device(device)
     if torch.jit.is_tracing():
-        # It keeps sizes as symbols between PyTorch's own operators alone.
-        return choose(device, dict.fromkeys(BACKENDS, "torch.jit.trace would fix the frames"))
+        # It traces sizes between PyTorch's own operators alone.
+        obstacle = "torch.jit.trace would keep the example's number of frames"
+        return choose(device, dict.fromkeys(BACKENDS, obstacle))
 
     def kernels_obstacle():
         # index() makes constants, with guards, of sizes that torch.compile holds as symbols.

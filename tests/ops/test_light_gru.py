@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from helpers import run_limited
+from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -791,7 +792,8 @@ def test_compiles_in_one_graph_for_any_batch_and_length(name, device, dtype):
         backend="aot_eager",
     )
     torch._dynamo.reset()
-    for batch, time in ((3, 5), (4, 9), (2, 17)):
+    counters.clear()
+    for batch, time in ((11, 25), (14, 29), (13, 37)):
         wx = torch.randn(batch, time, 32, dtype=dtype, device=device, requires_grad=True)
         u = torch.randn(32, 16, dtype=dtype, device=device, requires_grad=True)
         with backend(name):
@@ -800,6 +802,7 @@ def test_compiles_in_one_graph_for_any_batch_and_length(name, device, dtype):
             wx.grad = u.grad = None
             (ops.light_gru(wx, u, layer_norm=True) * 2).sum().backward()
         assert torch.equal(ours[0], wx.grad) and torch.equal(ours[1], u.grad)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 # ---- counted operations

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from fuzz import draw_cases
+from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 
 from sb_fast_sligru import _library, backend, info, ops
@@ -481,8 +482,9 @@ def test_compiles_in_one_graph_for_any_batch_and_length(device):
         return ops.norm_pool(**arguments, **longer).square().sum()
 
     torch._dynamo.reset()
+    counters.clear()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch, time in ((3, 5), (4, 9), (2, 17)):
+    for batch, time in ((11, 25), (14, 29), (13, 37)):
         arguments = make_inputs((batch, time, *SMALL[2:]))
         results = []
         for call in (compiled, function):
@@ -490,6 +492,7 @@ def test_compiles_in_one_graph_for_any_batch_and_length(device):
             call(**inputs).backward()
             results.append({key: inputs[key].grad for key in GIVEN})
         assert_close(*results, 1e-6)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 # ---- arguments
@@ -595,6 +598,21 @@ def test_backend_choice(monkeypatch):
         assert name == "reference" and reason in why
     a100 = a100._replace(shared_bytes=64 * 1024)  # compute capability 7.5
     assert "too large" in ops.choose_norm_pool_backend("cuda:0", torch.float16, 80, 128)[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_call_is_plain_pytorch_for_any_length():
+    def function(x):
+        return ops.norm_pool(**zeros(x=x, ln_weight=torch.ones(6, 4)), halo=True)
+
+    with pytest.warns(UserWarning, match="plain PyTorch .*torch.jit.trace would keep"):
+        traced = torch.jit.trace(function, torch.randn(2, 5, 6, 4))
+    for frames in (5, 3, 9):
+        x = torch.randn(2, frames, 6, 4)
+        assert relative_error(traced(x), function(x).double()) < 1e-6
+    with backend("cpu"), pytest.raises(RuntimeError, match="is forced, but torch.jit.trace would"):
+        torch.jit.trace(function, torch.randn(2, 5, 6, 4))
 
 
 def test_a_missing_library_costs_speed_and_says_so_once(monkeypatch):
