@@ -15,6 +15,9 @@
 // and each block published those when all its warps had read those of step t, since its __syncthreads
 // stands in between.
 //
+// One step has two __syncthreads: one between the partial sums and their reader, one between the
+// messages sent and the look for the next, which also allows the partial sums one buffer.
+//
 // Product. [outputs, K] x [K, rows], with K in chunks of 16: warp w multiplies the chunks w, w + 8,
 // ... for all outputs of the block, so that a message is read by one warp alone, into the very
 // registers from which the product takes it. The partial sums of the warps meet in shared memory.
@@ -116,9 +119,9 @@ __device__ __forceinline__ SumMessage read(const SumMessage* from) {
 }
 
 // ---- streams
-// What a step reads and writes of tensors, it reads and writes when the messages of the step have
-// arrived: loads return in order, so that a message read behind them would wait for the memory. To
-// find them in the L2 cache then, it asks for them some steps before.
+// What a step reads and writes of tensors, it reads and writes behind its own messages, while those of
+// the others are under way. Loads return in order, so that the look for messages would wait for
+// the memory: so many steps before, the L2 cache is asked for it.
 constexpr int kL2Ahead = 4;
 
 __device__ __forceinline__ void prefetch(const void* address) {

@@ -2,8 +2,9 @@
 // backward. The equations are in cell.h, axes and directions in recurrence.h; the accumulation type
 // is float.
 //
-// A cluster of 4, 8 or 16 blocks keeps U on chip for the whole sequence and serves a few batch
-// rows. Clusters never wait for each other, so any number of them may be launched.
+// A cluster of 4, 8 or 16 blocks, or without clusters a group of blocks (l2.cuh), keeps U on chip for
+// the whole sequence and serves a few batch rows. Clusters never wait for each other, so any number
+// of them may be launched.
 //
 // Nothing here sees tensors, allocates or synchronises: pointers are borrowed device memory,
 // launches go to `stream` on the current device, and every launcher returns the error of its
