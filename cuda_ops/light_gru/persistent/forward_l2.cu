@@ -1,5 +1,6 @@
 // The forward recurrence of forward_narrow.cu without clusters; geometry, exchange and product are
-// those of l2.cuh. Block k of a group owns kUnits units from kUnits k on: both rows of Uc of each, all of K.
+// those of l2.cuh. Block k of a group owns kUnits units from kUnits k on: both rows of Uc of each, all
+// of K.
 //
 // One step:
 //   receive h, chunk by chunk -> product -> partial sums to shared memory, __syncthreads
