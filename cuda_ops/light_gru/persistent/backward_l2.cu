@@ -1,7 +1,7 @@
 // The backward recurrence of backward_narrow.cu without clusters; geometry, exchange and product
-// are those of l2.cuh. Block k of a group owns kUnits units from kUnits k on: the outputs Uc^T (gamma dwx) of
-// these, K being all dwx, so that what is exchanged is dwx, in the operand type. In chunk q of K
-// lie the 8 candidate and the 8 gate values of units 8q..8q+7.
+// are those of l2.cuh. Block k of a group owns kUnits units from kUnits k on: the outputs
+// Uc^T (gamma dwx) of these, K being all dwx, so that what is exchanged is dwx, in the operand type.
+// In chunk q of K lie the 8 candidate and the 8 gate values of units 8q..8q+7.
 //
 // One step:
 //   d = grad_h + carry -> dwx -> publish; m2: sum over the lanes -> publish
