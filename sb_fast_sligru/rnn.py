@@ -88,6 +88,8 @@ class _LightGRULayer:
         """W x of all steps, [B, T, 2H]; a chunk of a stream has few."""
         if not is_plain(self.w, nn.Linear) or x.dtype != self.w.weight.dtype:
             return self.w(x)  # or tells what is wrong
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.w(x)  # few rows or many would make two graphs of one
         wx = ops.few_rows_linear(x.flatten(0, 1), self.w.weight, self.w.bias)
         return wx.unflatten(0, x.shape[:2])
 
