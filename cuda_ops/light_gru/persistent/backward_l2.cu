@@ -374,14 +374,7 @@ cudaError_t launch(const PersistentBackward& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t run_backward_l2(const PersistentBackward& p, cudaStream_t stream) {
-  switch (p.layer.operand_type) {
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(p, stream);
-    case DType::kFloat16:
-      return launch<__half>(p, stream);
-    default:
-      return launch<float>(p, stream);
-  }
+  return with_operand_type(p.layer, [&](auto t) { return launch<decltype(t)>(p, stream); });
 }
 
 }  // namespace sb_fast_sligru

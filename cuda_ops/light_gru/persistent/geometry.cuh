@@ -78,4 +78,19 @@ __device__ __forceinline__ Sequence h_sequence(const Recurrence& layer, const vo
   return contiguous_sequence(layer, h, layer.output_type, layer.directions * layer.hidden);
 }
 
+// Calls `pass` with a value of the operand type.
+template <class Pass>
+cudaError_t with_operand_type(const Recurrence& layer, Pass pass) {
+  switch (layer.operand_type) {
+    case DType::kFloat32:
+      return pass(float{});
+    case DType::kBFloat16:
+      return pass(__nv_bfloat16{});
+    case DType::kFloat16:
+      return pass(__half{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 }  // namespace sb_fast_sligru

@@ -264,21 +264,6 @@ cudaError_t finish(const PersistentBackward& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Calls `pass` with a value of the operand type.
-template <class Pass>
-cudaError_t with_operand_type(const Recurrence& layer, Pass pass) {
-  switch (layer.operand_type) {
-    case DType::kFloat32:
-      return pass(float{});
-    case DType::kBFloat16:
-      return pass(__nv_bfloat16{});
-    case DType::kFloat16:
-      return pass(__half{});
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace
 
 int coefficient_streams(bool layer_norm) {
