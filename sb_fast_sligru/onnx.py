@@ -61,6 +61,7 @@ def _light_gru(
     drop_mask,
     ln_weight,
     ln_bias,
+    lengths,
     layer_norm,
     eps,
     activation,
@@ -69,6 +70,8 @@ def _light_gru(
     backend,
 ):
     """One Scan over time with the rows of both directions; h0 and drop_mask have them all."""
+    if lengths is not None:
+        raise ValueError("torch.onnx.export: lengths have no translation, export without them")
     hidden = u.shape[1]
     directions = 2 if bidirectional else 1
     acc_type, operand_type = _accumulation_type(u.dtype), DTYPES[operand_dtype]

@@ -14,6 +14,8 @@ dropout mask         rows of a table of 16000 masks, drawn    drawn at each call
                      again when the batch size changes
 ===================  =======================================  ===================================
 
+Besides, ``forward`` takes ``lengths``, as SpeechBrain's GRU and LSTM do, which its light GRUs do not.
+
 A layer whose ``u``, ``act`` or ``layer_norm`` was replaced (an adapter, a quantised or FSDP-wrapped
 ``Linear``) or has hooks (the old ``spectral_norm``) runs SpeechBrain's own loop, which calls them,
 and says so once. ``torch.nn.utils.parametrize``, and FSDP around whole layers, leave it fast.
@@ -50,7 +52,13 @@ class _LightGRULayer:
         # The operator takes a name where SpeechBrain's loop calls `act`.
         self.activation = _activation_name(self.act)
 
-    def forward(self, x: torch.Tensor, hx: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        hx: torch.Tensor | None = None,
+        steps: torch.Tensor | None = None,
+        frames: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Run the layer over whole sequences.
 
         Arguments
@@ -60,38 +68,52 @@ class _LightGRULayer:
         hx : torch.Tensor
             Initial hidden state, [R, H], [1, H] or [H], where R is B, or 2B if bidirectional, the
             rows of the forward direction first. The buffer ``h_init`` (zeros) if not given.
+        steps : torch.Tensor
+            Steps of each sequence, integers, [B]; T if not given. What follows is padding.
+        frames : torch.Tensor
+            Where the steps of all sequences lie among the BT of the batch, [sum of steps], as
+            :func:`valid_frames` tells: the norm then sees those alone. Every step if not given.
 
         Returns
         -------
         h : torch.Tensor
             Hidden states, [B, T, H], or [B, T, 2H] if bidirectional: those of the forward
-            direction, then those of the backward one, both in the input's order of time.
+            direction, then those of the backward one, both in the input's order of time. Zero in
+            padding.
 
         Raises
         ------
         ValueError
-            If the shape of `x` or `hx` is not one of those above.
+            If the shape of `x`, `hx` or `steps` is not one of those above, or `steps` are given and
+            a part of the layer was replaced or has hooks.
         RuntimeError
             If a compiled backend is forced and a part of the layer was replaced or has hooks.
         """
         rows = _check_shapes(x, hx, self.input_size, self.hidden_size, self.bidirectional)
         if not torch.jit.is_scripting():
             obstacle = self._obstacle()
+            if obstacle and steps is not None:
+                raise ValueError(f"lengths: SpeechBrain's loop, needed here, has none: {obstacle}")
             if obstacle:
                 return self._run_loop(x, hx, obstacle)
         h0 = self.h_init if hx is None else hx.reshape(-1, self.hidden_size)
-        wx = self.w(x) if torch.jit.is_scripting() else self._project(x)
-        return self._recurrence(self._normalise(wx), h0, self._draw_drop_mask(rows))
+        inputs = x if frames is None else x.flatten(0, 1).index_select(0, frames)
+        wx = self.w(inputs) if torch.jit.is_scripting() else self._project(inputs)
+        wx = self._normalise(wx)
+        if frames is not None:
+            padded = wx.new_zeros(x.shape[0] * x.shape[1], wx.shape[1])
+            wx = padded.index_copy(0, frames, wx).view(x.shape[0], x.shape[1], -1)
+        return self._recurrence(wx, h0, self._draw_drop_mask(rows), steps)
 
     @torch.jit.unused
     def _project(self, x: torch.Tensor) -> torch.Tensor:
-        """W x of all steps, [B, T, 2H]; a chunk of a stream has few."""
+        """W x of all steps, [..., 2H]; a chunk of a stream has few."""
         if not is_plain(self.w, nn.Linear) or x.dtype != self.w.weight.dtype:
             return self.w(x)  # or tells what is wrong
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.w(x)  # few rows or many would make two graphs of one
-        wx = ops.few_rows_linear(x.flatten(0, 1), self.w.weight, self.w.bias)
-        return wx.unflatten(0, x.shape[:2])
+        wx = ops.few_rows_linear(x.flatten(0, -2), self.w.weight, self.w.bias)
+        return wx.unflatten(0, x.shape[:-1])
 
     @torch.jit.unused
     def _obstacle(self) -> str:
@@ -122,13 +144,13 @@ class _LightGRULayer:
         return self
 
     def _normalise(self, wx: torch.Tensor) -> torch.Tensor:
-        """Apply the feed-forward norm to `wx` [B, T, 2H], with SpeechBrain's running statistics.
+        """Apply the feed-forward norm to `wx` [..., 2H], with SpeechBrain's running statistics.
 
-        SpeechBrain's bidirectional layer sees each of the n = BT rows twice. That leaves mean and
+        SpeechBrain's bidirectional layer sees each of the n rows twice. That leaves mean and
         variance as they are, but the unbiased variance that BatchNorm tracks is then
         var 2n / (2n - 1), where the rows seen once give var n / (n - 1).
         """
-        rows = wx.flatten(0, 1)
+        rows = wx.flatten(0, -2)
         if not hasattr(self.norm, "running_var"):  # LayerNorm
             return self.norm(rows).view_as(wx)
         elif not (self.bidirectional and self.norm.training):
@@ -186,7 +208,11 @@ class SLiGRU_Layer(_LightGRULayer, stock.SLiGRU_Layer):
         del self.drop_masks
 
     def _recurrence(
-        self, wx: torch.Tensor, h0: torch.Tensor, drop_mask: torch.Tensor | None
+        self,
+        wx: torch.Tensor,
+        h0: torch.Tensor,
+        drop_mask: torch.Tensor | None,
+        steps: torch.Tensor | None,
     ) -> torch.Tensor:
         return _light_gru(
             wx,
@@ -195,6 +221,7 @@ class SLiGRU_Layer(_LightGRULayer, stock.SLiGRU_Layer):
             drop_mask,
             self.layer_norm.weight,
             self.layer_norm.bias,
+            steps,
             True,
             self.layer_norm.eps,
             self.activation,
@@ -209,7 +236,11 @@ class LiGRU_Layer(_LightGRULayer, stock.LiGRU_Layer):
     """
 
     def _recurrence(
-        self, wx: torch.Tensor, h0: torch.Tensor, drop_mask: torch.Tensor | None
+        self,
+        wx: torch.Tensor,
+        h0: torch.Tensor,
+        drop_mask: torch.Tensor | None,
+        steps: torch.Tensor | None,
     ) -> torch.Tensor:
         return _light_gru(
             wx,
@@ -218,6 +249,7 @@ class LiGRU_Layer(_LightGRULayer, stock.LiGRU_Layer):
             drop_mask,
             None,
             None,
+            steps,
             False,
             1e-5,
             self.activation,
@@ -228,18 +260,64 @@ class LiGRU_Layer(_LightGRULayer, stock.LiGRU_Layer):
 class _LightGRU:
     """The loop over the layers of both kinds of network, mixed into SpeechBrain's classes."""
 
-    def _run_layers(self, x: torch.Tensor, hx: torch.Tensor | None):
-        """Return the last layer's output, and the hidden states as SpeechBrain lays them out.
+    def forward(
+        self,
+        x: torch.Tensor,
+        hx: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+    ):
+        """Run all layers over whole sequences.
 
-        Its own method reshapes a matrix of them, which gives torch.compile and torch.export a
-        condition on the batch; and the batch of a bidirectional `hx` is that of `input_shape`.
+        Arguments
+        ---------
+        x : torch.Tensor
+            Input, [B, T, F], or [B, T, C, F], whose last two axes are taken as one.
+        hx : torch.Tensor
+            Initial hidden states, [layers, R, H], where R is B, or 2B if bidirectional. Zeros if not
+            given.
+        lengths : torch.Tensor
+            Lengths of the sequences relative to T, [B], above 0 and at most 1, as SpeechBrain's GRU
+            takes them, but rounded to whole steps. What follows a sequence's end is padding: it
+            changes nothing, not even the statistics of BatchNorm, and the output is zero there; the
+            backward direction starts at the end. On a GPU the values are not checked but clamped.
+            In training mode the host waits for them, once a call. Every sequence has T steps if
+            not given, as in SpeechBrain's light GRUs.
+
+        Returns
+        -------
+        output : torch.Tensor
+            Of the last layer, [B, T, H], or [B, T, 2H] if bidirectional.
+        hidden : torch.Tensor
+            Of each layer the output at the last step of each sequence, [layers, B, H], or
+            [2 layers, B, H], as SpeechBrain lays them out.
+
+        Raises
+        ------
+        ValueError
+            If an argument's shape or a length is not one of those above, or `lengths` are given and
+            a part of a layer was replaced or has hooks.
         """
+        if self.reshape and x.ndim == 4:
+            x = x.flatten(2)
+        steps: torch.Tensor | None = None
+        frames: torch.Tensor | None = None
+        if lengths is not None:
+            steps = count_steps(lengths, x.shape[0], x.shape[1])
+            if self.training:
+                frames = valid_frames(steps, x.shape[1])
+        # SpeechBrain's own loop reshapes a matrix of hidden states, which gives torch.compile and
+        # torch.export a condition on the batch; and the batch of a bidirectional `hx` is that of
+        # `input_shape`.
         if hx is not None and self.bidirectional:
             hx = hx.reshape(self.num_layers, -1, self.hidden_size)
         last = []
         for i, layer in enumerate(self.rnn):
-            x = layer(x, None if hx is None else hx[i])
-            last.append(x[:, -1])
+            x = layer(x, None if hx is None else hx[i], steps, frames)
+            if steps is None:
+                last.append(x[:, -1])
+            else:
+                ends = (steps - 1)[:, None, None].expand(-1, 1, x.shape[2])
+                last.append(x.gather(1, ends).squeeze(1))
         h = torch.stack(last, dim=1)
         if self.bidirectional:
             return x, h.flatten().view(2 * h.shape[1], h.shape[0], self.hidden_size)
@@ -259,9 +337,6 @@ class SLiGRU(_LightGRU, stock.SLiGRU):
     >>> output.shape, hidden.shape
     (torch.Size([4, 10, 5]), torch.Size([1, 4, 5]))
     """
-
-    def _forward_sligru(self, x: torch.Tensor, hx: torch.Tensor | None):
-        return self._run_layers(x, hx)
 
     def _init_layers(self):
         return nn.ModuleList(
@@ -295,9 +370,6 @@ class LiGRU(_LightGRU, stock.LiGRU):
     (torch.Size([4, 10, 10]), torch.Size([2, 4, 5]))
     """
 
-    def _forward_ligru(self, x: torch.Tensor, hx: torch.Tensor | None):
-        return self._run_layers(x, hx)
-
     def _init_layers(self):
         return nn.ModuleList(
             LiGRU_Layer(
@@ -313,6 +385,73 @@ class LiGRU(_LightGRU, stock.LiGRU):
             )
             for width in _input_widths(self)
         )
+
+
+@torch.jit.ignore
+def count_steps(lengths: torch.Tensor, batch: int, time: int) -> torch.Tensor:
+    """Whole steps of sequences whose lengths are relative.
+
+    Arguments
+    ---------
+    lengths : torch.Tensor
+        Relative to `time`, [B].
+    batch, time : int
+        Sequences B of the padded batch, and its steps.
+
+    Returns
+    -------
+    torch.Tensor
+        Between 1 and `time`, int64, [B].
+
+    Raises
+    ------
+    ValueError
+        If `lengths` is no floating-point tensor of B values or, on a CPU, one is not above 0 and at
+        most 1.
+
+    Example
+    -------
+    >>> count_steps(torch.tensor([1.0, 0.5]), 2, 7)
+    tensor([7, 4])
+    """
+    if not isinstance(lengths, torch.Tensor) or not lengths.is_floating_point():
+        found = lengths.dtype if isinstance(lengths, torch.Tensor) else type(lengths).__name__
+        raise ValueError(f"lengths must be a tensor of relative lengths, floats, but got {found}")
+    if list(lengths.shape) != [batch]:
+        raise ValueError(f"lengths must be [{batch}], but their shape is {list(lengths.shape)}")
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = lengths[~((lengths > 0) & (lengths <= 1))]
+        if wrong.numel() > 0:
+            raise ValueError(
+                f"lengths must be above 0 and at most 1, relative to the longest, but one is "
+                f"{wrong[0].item():g}"
+            )
+    return (lengths * time).round().long().clamp(1, time)
+
+
+def valid_frames(steps: torch.Tensor, time: int) -> torch.Tensor:
+    """Where the steps of all sequences lie in their batch.
+
+    Arguments
+    ---------
+    steps : torch.Tensor
+        Of each sequence, integers, [B].
+    time : int
+        Steps of the padded batch.
+
+    Returns
+    -------
+    torch.Tensor
+        Indices of the steps among the B times `time` of the batch, int64, [sum of steps]. On a GPU
+        the host waits for it, to know how many there are.
+
+    Example
+    -------
+    >>> valid_frames(torch.tensor([3, 2]), 3)
+    tensor([0, 1, 2, 3, 4])
+    """
+    valid = torch.arange(time, device=steps.device) < steps.unsqueeze(1)
+    return valid.flatten().nonzero().squeeze(1)
 
 
 @torch.jit.ignore
@@ -342,6 +481,7 @@ def _light_gru(
     drop_mask: torch.Tensor | None,
     ln_weight: torch.Tensor | None,
     ln_bias: torch.Tensor | None,
+    steps: torch.Tensor | None,
     layer_norm: bool,
     eps: float,
     activation: str,
@@ -355,6 +495,7 @@ def _light_gru(
         drop_mask,
         ln_weight,
         ln_bias,
+        steps,
         layer_norm=layer_norm,
         activation=activation,
         bidirectional=bidirectional,

@@ -35,10 +35,10 @@ SLIGRU_HD void forward_rows(const ForwardStep& p, int64_t step, int64_t begin, i
   std::vector<T> scratch(3 * H);
   T* y = scratch.data();  // [2H] normalised r, then U's part of the gates
   T* mask = y + 2 * H;    // [H]
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t t = layer.time_of(row, step), b = row % layer.batch,
-                  direction = row / layer.batch;
-    const T* r = at<T>(p.r, row * p.r_row_stride);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = layer.row_at(i), b = row % layer.batch, direction = row / layer.batch,
+                  t = layer.time_of(row, step);
+    const T* r = at<T>(p.r, i * p.r_row_stride);
     for (int64_t j = 0; j < 2 * H; ++j) y[j] = r[j * p.r_unit_stride];
 
     if (layer.layer_norm) {
@@ -57,7 +57,7 @@ SLIGRU_HD void forward_rows(const ForwardStep& p, int64_t step, int64_t begin, i
     }
     const T* wx = at<T>(layer.wx, b * layer.wx_batch_stride + t * layer.wx_time_stride);
     copy_or_fill(at<T>(layer.drop_mask, row * H), T(1), H, mask);
-    T* state = at<T>(p.state, row * H);
+    T* state = at<T>(p.state, i * H);
     T* h = at<T>(p.h, ((b * layer.time + t) * D + direction) * H);
 #pragma omp simd
     for (int64_t j = 0; j < H; ++j) {
@@ -76,16 +76,16 @@ SLIGRU_HD void backward_rows(const BackwardStep& p, int64_t step, int64_t begin,
   T* y = scratch.data();   // [2H] normalised r, then U's part of the gates
   T* previous = y + N;     // [H] h_{t-1}
   T* mask = previous + H;  // [H]
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t direction = row / layer.batch, b = row % layer.batch,
-                  t = layer.time_of(row, step);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = layer.row_at(i), b = row % layer.batch, direction = row / layer.batch;
+    if (p.direction != BackwardStep::kBothDirections && p.direction != direction) continue;
+    const int64_t length = layer.length_of(row), t = layer.time_of(row, step);
     const int64_t towards_start = direction == 0 ? -1 : 1;  // from t to the time of h_{t-1}
-    const T* r = at<T>(p.r, row * N);
+    const T* r = at<T>(p.r, i * N);
     const T* rho_row = at<T>(p.rho, row * layer.time);
     const T rho = layer.layer_norm ? rho_row[t] : T(1);
     // base and product are zero before the first backward step; there is no later rho to read then.
-    const T rho_next =
-        layer.layer_norm && step < layer.time - 1 ? rho_row[t - towards_start] : T(1);
+    const T rho_next = layer.layer_norm && step < length - 1 ? rho_row[t - towards_start] : T(1);
 
     const T* h_previous =
         step == 0 ? at<T>(layer.h0, row * H)
@@ -98,9 +98,9 @@ SLIGRU_HD void backward_rows(const BackwardStep& p, int64_t step, int64_t begin,
     const T* wx = at<T>(layer.wx, b * layer.wx_batch_stride + t * layer.wx_time_stride);
     const T* grad_h =
         at<T>(p.grad_h, b * p.grad_h_batch_stride + t * p.grad_h_time_stride + direction * H);
-    const T* product = at<T>(p.product, row * H);
-    T* base = at<T>(p.base, row * H);
-    T* e = at<T>(p.e, row * N);
+    const T* product = at<T>(p.product, i * H);
+    T* base = at<T>(p.base, i * H);
+    T* e = at<T>(p.e, i * N);
 #pragma omp simd
     for (int64_t j = 0; j < H; ++j) {
       const T d = grad_h[j] + base[j] + rho_next * product[j];
@@ -115,8 +115,7 @@ SLIGRU_HD void backward_rows(const BackwardStep& p, int64_t step, int64_t begin,
     if (p.grad_wx != nullptr) {
       T* grad_wx = at<T>(p.grad_wx, (b * layer.time + t) * N);
       // Two directions share wx: whichever comes to this time second adds to what the first wrote.
-      const bool second =
-          D == 2 && (direction == 0 ? t < layer.time - 1 - t : t >= layer.time - 1 - t);
+      const bool second = D == 2 && (direction == 0 ? t < length - 1 - t : t >= length - 1 - t);
       if (second) {
 #pragma omp simd
         for (int64_t j = 0; j < N; ++j) grad_wx[j] += e[j];
@@ -148,7 +147,7 @@ SLIGRU_HD void backward_rows(const BackwardStep& p, int64_t step, int64_t begin,
       for (int64_t j = 0; j < N; ++j) e[j] -= factor * r[j];
     }
     if (p.scaled != nullptr) {
-      T* scaled = at<T>(p.scaled, row * H);
+      T* scaled = at<T>(p.scaled, i * H);
 #pragma omp simd
       for (int64_t j = 0; j < H; ++j) scaled[j] = rho * previous[j];
     }
@@ -194,10 +193,10 @@ void backward_rows_double(const BackwardStep& p, int64_t step, int64_t begin, in
 template <class T>
 void gather_steps(const GatherPrevious& p) {
   const Recurrence& layer = p.layer;
-  const int64_t H = layer.hidden, R = layer.rows();
-  for_rows(0, p.steps * R, H, [&](int64_t begin, int64_t end) {
+  const int64_t H = layer.hidden;
+  for_rows(0, p.steps * p.rows, H, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t step = p.first_step + i / R, row = i % R;
+      const int64_t step = p.first_step + i / p.rows, row = layer.row_at(i % p.rows);
       const T* from = at<T>(layer.h0, row * H);
       if (step > 0) {
         const int64_t t = layer.time_of(row, step - 1);
@@ -214,10 +213,12 @@ void finish_rows(const FinishCarry& p) {
   const Recurrence& layer = p.layer;
   const int64_t H = layer.hidden;
   for_rows(0, layer.rows(), H, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = layer.row_at(i);
+      if (layer.length_of(row) == 0) continue;  // h0 has no result to change
       const T rho = layer.layer_norm ? at<T>(p.rho, row * layer.time)[layer.time_of(row, 0)] : T(1);
-      const T* base = at<T>(p.base, row * H);
-      const T* product = at<T>(p.product, row * H);
+      const T* base = at<T>(p.base, i * H);
+      const T* product = at<T>(p.product, i * H);
       T* grad_h0 = at<T>(p.grad_h0, row * H);
       for (int64_t j = 0; j < H; ++j) grad_h0[j] = base[j] + rho * product[j];
     }
@@ -229,7 +230,7 @@ void finish_rows(const FinishCarry& p) {
 void forward_step(const ForwardStep& p, int64_t step) {
   const auto rows =
       p.layer.output_type == DType::kFloat64 ? forward_rows_double : forward_rows_float;
-  for_rows(0, p.layer.rows(), 2 * p.layer.hidden,
+  for_rows(0, p.rows, 2 * p.layer.hidden,
            [&](int64_t begin, int64_t end) { rows(p, step, begin, end); });
 }
 
@@ -240,7 +241,7 @@ void gather_previous(const GatherPrevious& p) {
 void backward_step(const BackwardStep& p, int64_t step) {
   const auto rows =
       p.layer.output_type == DType::kFloat64 ? backward_rows_double : backward_rows_float;
-  for_rows(p.first_row, p.last_row, 2 * p.layer.hidden,
+  for_rows(0, p.rows, 2 * p.layer.hidden,
            [&](int64_t begin, int64_t end) { rows(p, step, begin, end); });
 }
 

@@ -6,10 +6,13 @@
 //   light_gru_backward  -> gradients of wx, u, h0, ln_weight, ln_bias; empty where need_* is false
 //   light_gru_kernel    -> the line of choice.h's table that a GPU of these properties would take
 //
-// wx [B, T, 2H], u [2H, H], h0 and drop_mask [R, H], ln_* [2H]; see recurrence.h for the axes.
+// wx [B, T, 2H], u [2H, H], h0 and drop_mask [R, H], ln_* [2H], lengths int32 [B]; see recurrence.h
+// for the axes.
 // Matrix operands are rounded to operand_dtype; h0, drop_mask and ln_* come in the accumulation
 // type.
 #include "light_gru/operator.h"
+
+#include <numeric>
 
 #include "light_gru/choice.h"
 #include "light_gru/sweep.h"
@@ -17,9 +20,38 @@
 namespace sb_fast_sligru {
 namespace {
 
-struct CpuSteps {
+// Rows in the order of their lengths, so that those whose sequences go on are always the first.
+class CpuSteps {
+ public:
   static constexpr bool kTransposedProduct = true;
   static constexpr int64_t kChunkBytes = int64_t{8} << 20;  // near the last-level cache
+
+  explicit CpuSteps(const Inputs& in) : rows_(in.rows()) {
+    if (!in.lengths) return;
+    const int32_t* lengths = in.lengths->const_data_ptr<int32_t>();
+    for (int64_t b = 0; b < in.batch(); ++b) {
+      STD_TORCH_CHECK(lengths[b] >= 0 && lengths[b] <= in.time(), "lengths: got ", lengths[b],
+                      ", expected 0 to T = ", in.time());
+    }
+    const auto length_of = [&](int32_t row) { return lengths[row % in.batch()]; };
+    order_.resize(rows_);
+    std::iota(order_.begin(), order_.end(), 0);
+    std::stable_sort(order_.begin(), order_.end(),
+                     [&](int32_t row, int32_t other) { return length_of(row) > length_of(other); });
+    active_.resize(in.time());
+    directions_meet_.resize(in.time());
+    for (const int32_t row : order_) {
+      const int32_t length = length_of(row);
+      for (int32_t n = 0; n < length; ++n) ++active_[n];
+      if (length % 2 == 1) directions_meet_[length / 2] = true;
+    }
+  }
+
+  const int32_t* order() const { return order_.empty() ? nullptr : order_.data(); }
+  int64_t active_rows(int64_t step) const { return active_.empty() ? rows_ : active_[step]; }
+  bool directions_meet(const Inputs& in, int64_t step) const {
+    return directions_meet_.empty() ? 2 * step + 1 == in.time() : directions_meet_[step];
+  }
 
   // Centred when a LayerNorm follows: see cell.h.
   Tensor recurrent_operand(const Inputs& in) const {
@@ -29,10 +61,17 @@ struct CpuSteps {
   void gather_previous(const GatherPrevious& p) const { cpu::gather_previous(p); }
   void backward_step(const BackwardStep& p, int64_t step) const { cpu::backward_step(p, step); }
   void finish_carry(const FinishCarry& p) const { cpu::finish_carry(p); }
+
+ private:
+  int64_t rows_;
+  std::vector<int32_t> order_;
+  std::vector<int64_t> active_;        // rows a step
+  std::vector<bool> directions_meet_;  // of any sequence, in the step
 };
 
 // To centre U takes as long as several steps: the forward pass, which may have one, centres U h.
 struct CpuForwardSteps : CpuSteps {
+  using CpuSteps::CpuSteps;
   Tensor recurrent_operand(const Inputs& in) const { return in.u; }
 };
 
@@ -53,7 +92,7 @@ struct Cpu {
 
   static Outputs forward(const std::string& backend, const Inputs& in) {
     check_backend(backend);
-    auto [h, rho] = forward_sweep(widen(in), CpuForwardSteps{});
+    auto [h, rho] = forward_sweep(widen(in), CpuForwardSteps(in));
     return {torch::stable::to(h, in.u.scalar_type()), rho};
   }
 
@@ -63,7 +102,7 @@ struct Cpu {
     const Saved wide{torch::stable::to(saved.grad_h, in.acc_type()),
                      torch::stable::to(saved.h, in.acc_type()), saved.rho};
     auto [grad_wx, grad_u, grad_h0, grad_ln_weight, grad_ln_bias] =
-        backward_sweep(widen(in), wide, needs, CpuSteps{});
+        backward_sweep(widen(in), wide, needs, CpuSteps(in));
     return {torch::stable::to(grad_wx, in.wx.scalar_type()),
             torch::stable::to(grad_u, in.u.scalar_type()), grad_h0, grad_ln_weight, grad_ln_bias};
   }
@@ -94,12 +133,13 @@ std::tuple<std::string, int64_t, int64_t, int64_t, std::string> light_gru_kernel
 STABLE_TORCH_LIBRARY_FRAGMENT(sb_fast_sligru, m) {
   m.def(
       "light_gru(Tensor wx, Tensor u, Tensor? h0, Tensor? drop_mask, Tensor? ln_weight, "
-      "Tensor? ln_bias, bool layer_norm, float eps, str activation, bool bidirectional, "
+      "Tensor? ln_bias, Tensor? lengths, bool layer_norm, float eps, str activation, bool "
+      "bidirectional, "
       "str operand_dtype, str backend) -> (Tensor h, Tensor rho)");
   m.def(
       "light_gru_backward(Tensor grad_h, Tensor wx, Tensor u, Tensor? h0, Tensor? drop_mask, "
-      "Tensor? ln_weight, Tensor? ln_bias, bool layer_norm, float eps, str activation, "
-      "bool bidirectional, str operand_dtype, str backend, Tensor h, Tensor rho, "
+      "Tensor? ln_weight, Tensor? ln_bias, Tensor? lengths, bool layer_norm, float eps, "
+      "str activation, bool bidirectional, str operand_dtype, str backend, Tensor h, Tensor rho, "
       "bool need_wx, bool need_u, bool need_h0, bool need_ln) "
       "-> (Tensor grad_wx, Tensor grad_u, Tensor grad_h0, Tensor grad_ln_weight, "
       "Tensor grad_ln_bias)");

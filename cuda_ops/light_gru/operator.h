@@ -10,7 +10,7 @@ namespace sb_fast_sligru {
 
 struct Inputs {
   Tensor wx, u;
-  OptionalTensor h0, drop_mask, ln_weight, ln_bias;
+  OptionalTensor h0, drop_mask, ln_weight, ln_bias, lengths;
   bool layer_norm;
   double eps;
   Activation activation;
@@ -43,7 +43,13 @@ struct Inputs {
     layer.drop_mask = pointer(drop_mask);
     layer.ln_weight = pointer(ln_weight);
     layer.ln_bias = pointer(ln_bias);
+    layer.lengths = static_cast<const int32_t*>(pointer(lengths));
     return layer;
+  }
+
+  // For a result of every step: zeros where padding stays, if there may be any.
+  Tensor new_sequence(std::vector<int64_t> sizes, ScalarType type) const {
+    return lengths ? new_zeros(wx, sizes, type) : new_empty(wx, sizes, type);
   }
 };
 
@@ -88,8 +94,8 @@ inline void check_optional(const char* name, OptionalTensor& t, std::vector<int6
 // Raises for a bad argument; makes contiguous what has to be.
 inline Inputs check_inputs(const Tensor& wx, const Tensor& u, OptionalTensor h0,
                            OptionalTensor drop_mask, OptionalTensor ln_weight,
-                           OptionalTensor ln_bias, bool layer_norm, double eps,
-                           const std::string& activation, bool bidirectional,
+                           OptionalTensor ln_bias, OptionalTensor lengths, bool layer_norm,
+                           double eps, const std::string& activation, bool bidirectional,
                            const std::string& operand_dtype) {
   STD_TORCH_CHECK(wx.dim() == 3, "wx: got ", describe(wx), ", expected [B, T, 2H]");
   STD_TORCH_CHECK(u.dim() == 2 && u.size(0) == 2 * u.size(1) && u.size(1) > 0, "u: got ",
@@ -114,6 +120,7 @@ inline Inputs check_inputs(const Tensor& wx, const Tensor& u, OptionalTensor h0,
   in.drop_mask = std::move(drop_mask);
   in.ln_weight = std::move(ln_weight);
   in.ln_bias = std::move(ln_bias);
+  in.lengths = std::move(lengths);
   in.layer_norm = layer_norm;
   in.eps = eps;
   in.activation = parse_activation(activation);
@@ -125,6 +132,7 @@ inline Inputs check_inputs(const Tensor& wx, const Tensor& u, OptionalTensor h0,
   check_optional("drop_mask", in.drop_mask, {in.rows(), in.hidden()}, wx, in.acc_type());
   check_optional("ln_weight", in.ln_weight, {2 * in.hidden()}, wx, in.acc_type());
   check_optional("ln_bias", in.ln_bias, {2 * in.hidden()}, wx, in.acc_type());
+  check_optional("lengths", in.lengths, {in.batch()}, wx, ScalarType::Int);
   return in;
 }
 
@@ -150,23 +158,25 @@ template <class Implementation>
 struct Operator {
   static Outputs forward(const Tensor& wx, const Tensor& u, OptionalTensor h0,
                          OptionalTensor drop_mask, OptionalTensor ln_weight, OptionalTensor ln_bias,
-                         bool layer_norm, double eps, std::string activation, bool bidirectional,
-                         std::string operand_dtype, std::string backend) {
-    const Inputs in =
-        check_inputs(wx, u, std::move(h0), std::move(drop_mask), std::move(ln_weight),
-                     std::move(ln_bias), layer_norm, eps, activation, bidirectional, operand_dtype);
+                         OptionalTensor lengths, bool layer_norm, double eps,
+                         std::string activation, bool bidirectional, std::string operand_dtype,
+                         std::string backend) {
+    const Inputs in = check_inputs(wx, u, std::move(h0), std::move(drop_mask), std::move(ln_weight),
+                                   std::move(ln_bias), std::move(lengths), layer_norm, eps,
+                                   activation, bidirectional, operand_dtype);
     return Implementation::forward(backend, in);
   }
 
   static Gradients backward(const Tensor& grad_h, const Tensor& wx, const Tensor& u,
                             OptionalTensor h0, OptionalTensor drop_mask, OptionalTensor ln_weight,
-                            OptionalTensor ln_bias, bool layer_norm, double eps,
-                            std::string activation, bool bidirectional, std::string operand_dtype,
-                            std::string backend, const Tensor& h, const Tensor& rho, bool need_wx,
-                            bool need_u, bool need_h0, bool need_ln) {
-    const Inputs in =
-        check_inputs(wx, u, std::move(h0), std::move(drop_mask), std::move(ln_weight),
-                     std::move(ln_bias), layer_norm, eps, activation, bidirectional, operand_dtype);
+                            OptionalTensor ln_bias, OptionalTensor lengths, bool layer_norm,
+                            double eps, std::string activation, bool bidirectional,
+                            std::string operand_dtype, std::string backend, const Tensor& h,
+                            const Tensor& rho, bool need_wx, bool need_u, bool need_h0,
+                            bool need_ln) {
+    const Inputs in = check_inputs(wx, u, std::move(h0), std::move(drop_mask), std::move(ln_weight),
+                                   std::move(ln_bias), std::move(lengths), layer_norm, eps,
+                                   activation, bidirectional, operand_dtype);
     const Saved saved{grad_h, h, rho};
     check_saved(in, saved);
     return Implementation::backward(backend, in, saved, Needs{need_wx, need_u, need_h0, need_ln});

@@ -14,6 +14,14 @@ struct CudaSteps {
   static constexpr int64_t kChunkBytes = int64_t{64} << 20;
 
   cudaStream_t stream;
+  int64_t rows;
+
+  // The lengths are on the GPU: any row may go on, in any step the directions may meet.
+  const int32_t* order() const { return nullptr; }
+  int64_t active_rows(int64_t) const { return rows; }
+  bool directions_meet(const Inputs& in, int64_t step) const {
+    return in.lengths.has_value() || 2 * step + 1 == in.time();
+  }
 
   Tensor recurrent_operand(const Inputs& in) const {
     return sb_fast_sligru::recurrent_operand(in, stream);
@@ -45,7 +53,8 @@ struct Cuda {
   static Outputs forward(const std::string& backend, const Inputs& in) {
     const OnDeviceOf device(in.wx);
     const KernelChoice choice = choose_kernel(backend, in, Direction::kForward);
-    if (choice.kernel == Kernel::kStepwise) return forward_sweep(in, CudaSteps{device.stream()});
+    if (choice.kernel == Kernel::kStepwise)
+      return forward_sweep(in, CudaSteps{device.stream(), in.rows()});
     return persistent_forward(aligned(in), choice, device.stream());
   }
 
@@ -54,7 +63,7 @@ struct Cuda {
     const OnDeviceOf device(in.wx);
     const KernelChoice choice = choose_kernel(backend, in, Direction::kBackward);
     if (choice.kernel == Kernel::kStepwise)
-      return backward_sweep(in, saved, needs, CudaSteps{device.stream()});
+      return backward_sweep(in, saved, needs, CudaSteps{device.stream(), in.rows()});
     return persistent_backward(aligned(in), saved, needs, choice, device.stream());
   }
 };

@@ -5,7 +5,7 @@
 // Layout: one block a row, its threads stride over the H hidden units; thread j owns unit j of the
 // candidate and of the gate, so only the row's sum (LayerNorm statistics, or its gradient's
 // projection) crosses threads. It is reduced in a fixed order, without atomics: same input, same
-// bits.
+// bits. Rows keep the layer's order: only the GPU knows how many sequences have ended.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -55,6 +55,7 @@ template <class Wx, class Operand, class Output, class Acc>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardStep p, int64_t step) {
   const Recurrence& layer = p.layer;
   const int64_t H = layer.hidden, row = blockIdx.x;
+  if (step >= layer.length_of(row)) return;
   const int64_t b = row % layer.batch, direction = row / layer.batch, t = layer.time_of(row, step);
   const Acc* r = static_cast<const Acc*>(p.r) + row * p.r_row_stride;
   Acc rho = 1;
@@ -85,12 +86,13 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardStep p, 
 template <class Operand, class Output, class Acc>
 __global__ void __launch_bounds__(kThreads) gather_kernel(const GatherPrevious p) {
   const Recurrence& layer = p.layer;
-  const int64_t H = layer.hidden, R = layer.rows(), row = blockIdx.x % R;
-  const int64_t step = p.first_step + blockIdx.x / R;
+  const int64_t H = layer.hidden, row = blockIdx.x % p.rows;
+  const int64_t step = p.first_step + blockIdx.x / p.rows;
   Operand* previous = static_cast<Operand*>(p.previous) + blockIdx.x * H;
-  if (step == 0) {
+  if (step == 0 || step >= layer.length_of(row)) {
+    const void* h0 = step == 0 ? layer.h0 : nullptr;
     for (int64_t j = threadIdx.x; j < H; j += kThreads) {
-      previous[j] = narrow<Operand>(value_or<Acc>(layer.h0, row * H + j, Acc(0)));
+      previous[j] = narrow<Operand>(value_or<Acc>(h0, row * H + j, Acc(0)));
     }
     return;
   }
@@ -104,14 +106,20 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const GatherPrevious p
 template <class Wx, class Operand, class Output, class Acc>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const BackwardStep p, int64_t step) {
   const Recurrence& layer = p.layer;
-  const int64_t H = layer.hidden, N = 2 * H, row = p.first_row + blockIdx.x;
-  const int64_t b = row % layer.batch, direction = row / layer.batch, t = layer.time_of(row, step);
+  const int64_t H = layer.hidden, N = 2 * H, row = blockIdx.x;
+  const int64_t b = row % layer.batch, direction = row / layer.batch;
+  if (p.direction != BackwardStep::kBothDirections && p.direction != direction) return;
+  const int64_t length = layer.length_of(row), t = layer.time_of(row, step);
+  Operand* e = static_cast<Operand*>(p.e) + row * N;
+  if (step >= length) {
+    for (int64_t j = threadIdx.x; j < N; j += kThreads) e[j] = narrow<Operand>(Acc(0));
+    return;
+  }
   const int64_t towards_start = direction == 0 ? -1 : 1;  // from t to the time of h_{t-1}
   const Acc* rho_row = static_cast<const Acc*>(p.rho) + row * layer.time;
   const Acc rho = layer.layer_norm ? rho_row[t] : Acc(1);
   // base and product are zero before the first backward step; there is no later rho to read then.
-  const Acc rho_next =
-      layer.layer_norm && step < layer.time - 1 ? rho_row[t - towards_start] : Acc(1);
+  const Acc rho_next = layer.layer_norm && step < length - 1 ? rho_row[t - towards_start] : Acc(1);
   const Acc* r = static_cast<const Acc*>(p.r) + row * N;
   const Wx* wx =
       static_cast<const Wx*>(layer.wx) + b * layer.wx_batch_stride + t * layer.wx_time_stride;
@@ -152,10 +160,9 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const BackwardStep p
 
   // Two directions share wx: whichever comes to this time second adds to what the first wrote.
   const bool second =
-      layer.directions == 2 && (direction == 0 ? t < layer.time - 1 - t : t >= layer.time - 1 - t);
+      layer.directions == 2 && (direction == 0 ? t < length - 1 - t : t >= length - 1 - t);
   Wx* grad_wx =
       p.grad_wx == nullptr ? nullptr : static_cast<Wx*>(p.grad_wx) + (b * layer.time + t) * N;
-  Operand* e = static_cast<Operand*>(p.e) + row * N;
   Acc* grad_ln_weight = static_cast<Acc*>(p.grad_ln_weight);
   Acc* grad_ln_bias = static_cast<Acc*>(p.grad_ln_bias);
   auto write = [&](int64_t j, Acc dwx) {
@@ -181,6 +188,7 @@ template <class Acc>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishCarry p) {
   const Recurrence& layer = p.layer;
   const int64_t H = layer.hidden, row = blockIdx.x;
+  if (layer.length_of(row) == 0) return;  // h0 has no result to change
   const Acc rho = layer.layer_norm
                       ? static_cast<const Acc*>(p.rho)[row * layer.time + layer.time_of(row, 0)]
                       : Acc(1);
@@ -233,22 +241,22 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, void* stream,
 
 void forward_step(const ForwardStep& p, int64_t step, void* stream) {
   dispatch(p.layer, [&](auto wx, auto operand, auto output, auto acc) {
-    launch(forward_kernel<decltype(wx), decltype(operand), decltype(output), decltype(acc)>,
-           p.layer.rows(), stream, p, step);
+    launch(forward_kernel<decltype(wx), decltype(operand), decltype(output), decltype(acc)>, p.rows,
+           stream, p, step);
   });
 }
 
 void gather_previous(const GatherPrevious& p, void* stream) {
   dispatch(p.layer, [&](auto, auto operand, auto output, auto acc) {
-    launch(gather_kernel<decltype(operand), decltype(output), decltype(acc)>,
-           p.steps * p.layer.rows(), stream, p);
+    launch(gather_kernel<decltype(operand), decltype(output), decltype(acc)>, p.steps * p.rows,
+           stream, p);
   });
 }
 
 void backward_step(const BackwardStep& p, int64_t step, void* stream) {
   dispatch(p.layer, [&](auto wx, auto operand, auto output, auto acc) {
     launch(backward_kernel<decltype(wx), decltype(operand), decltype(output), decltype(acc)>,
-           p.last_row - p.first_row, stream, p, step);
+           p.rows, stream, p, step);
   });
 }
 

@@ -171,6 +171,7 @@ def light_gru(
     drop_mask=None,
     ln_weight=None,
     ln_bias=None,
+    lengths=None,
     *,
     layer_norm,
     activation="relu",
@@ -199,6 +200,10 @@ def light_gru(
         [R, H] or [1, H], recurrent dropout mask, the same at every step. Gets no gradient.
     ln_weight, ln_bias : torch.Tensor, optional
         [2H], affine part of the recurrent LayerNorm.
+    lengths : torch.Tensor, optional
+        [B], integers from 0 to T: steps of each sequence, T if absent. What follows them is padding:
+        it is not read, h is zero there, and the backward direction starts at the sequence's end.
+        On a GPU the values are not checked, for which the host would have to wait, but clamped.
     layer_norm : bool
         Normalise U h_{t-1} over its 2H values (SLi-GRU) or not (Li-GRU).
     activation : str
@@ -240,12 +245,14 @@ def light_gru(
         "ln_bias": ln_bias,
     }
     operand_dtype = _check(tensors, layer_norm, activation, bidirectional)
+    lengths = _check_lengths(lengths, wx)
     name, reason = choose_backend(wx.device, u.shape[1], operand_dtype)
     if name == "reference":
         if reason != "forced":
             warn_once(reason)
         return reference.light_gru(
             **tensors,
+            lengths=lengths,
             layer_norm=layer_norm,
             activation=activation,
             bidirectional=bidirectional,
@@ -267,6 +274,7 @@ def light_gru(
         per_row(drop_mask),
         widened(ln_weight),
         widened(ln_bias),
+        lengths,
         layer_norm,
         eps,
         activation,
@@ -333,11 +341,31 @@ def _check(tensors, layer_norm, activation, bidirectional):
     return operand_dtype
 
 
+def _check_lengths(lengths, wx):
+    """Raise ValueError for bad lengths; return them as the operator takes them."""
+    if lengths is None:
+        return None
+    if not isinstance(lengths, torch.Tensor):
+        raise ValueError(f"lengths: got {type(lengths).__name__}, expected a torch.Tensor")
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths: got {lengths.dtype}, expected int32 or int64")
+    batch, time = wx.shape[:2]
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths: got shape {tuple(lengths.shape)}, expected [{batch}]")
+    if lengths.device != wx.device:
+        raise ValueError(f"lengths: got device {lengths.device}, expected {wx.device}, that of wx")
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = lengths[(lengths < 0) | (lengths > time)]
+        if wrong.numel() > 0:
+            raise ValueError(f"lengths: got {wrong[0].item()}, expected 0 to T = {time}")
+    return lengths.clamp(0, time).int()
+
+
 # ---- fake kernels (torch.compile) and autograd
 
 
 # Of the schemas in cuda_ops/light_gru/operator.cpp: the tensors, then the options of the layer.
-_TENSORS = 6
+_TENSORS = 7
 _OPTIONS = 6
 
 
@@ -388,7 +416,7 @@ def _light_gru_backward(ctx, grad_h, _):
     if ctx.changes:
         with torch.no_grad():
             h, rho = torch.ops.sb_fast_sligru.light_gru(*tensors, *ctx.options)
-    wx, u, h0, _, ln_weight, ln_bias = ctx.needs_input_grad[:_TENSORS]
+    wx, u, h0, _, ln_weight, ln_bias, _ = ctx.needs_input_grad[:_TENSORS]
     grads = torch.ops.sb_fast_sligru.light_gru_backward(
         grad_h, *tensors, *ctx.options, h, rho, wx, u, h0, ln_weight or ln_bias
     )
@@ -396,7 +424,8 @@ def _light_gru_backward(ctx, grad_h, _):
         g if wanted else None
         for g, wanted in zip(grads, (wx, u, h0, ln_weight, ln_bias), strict=True)
     )
-    return (grad_wx, grad_u, grad_h0, None, grad_ln_weight, grad_ln_bias, *(None,) * _OPTIONS)
+    grads = (grad_wx, grad_u, grad_h0, None, grad_ln_weight, grad_ln_bias, None)
+    return grads + (None,) * _OPTIONS
 
 
 # ---- torch.utils.flop_counter: the products with U that the loop computes, whatever a kernel does

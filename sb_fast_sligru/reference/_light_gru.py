@@ -8,6 +8,8 @@ arXiv 1803.10225; SpeechBrain's `SLiGRU_Layer` and `LiGRU_Layer`):
     z     = sigmoid(s)
     c     = act(a) * drop_mask
     h_t   = z * h_{t-1} + (1 - z) * c
+
+Both directions of a sequence of L steps run over those alone; what follows is padding.
 """
 
 import torch
@@ -31,6 +33,7 @@ def light_gru(
     drop_mask=None,
     ln_weight=None,
     ln_bias=None,
+    lengths=None,
     *,
     layer_norm,
     activation="relu",
@@ -43,15 +46,22 @@ def light_gru(
     """
     act = ACTIVATIONS[activation]
     hidden = u.shape[1]
+    directions = 2 if bidirectional else 1
+    steps = valid = None
+    if lengths is not None:
+        steps = lengths.repeat(directions)[:, None]
+        valid = torch.arange(wx.shape[1], device=wx.device) < lengths[:, None]
+        wx = torch.where(valid[..., None], wx, 0)  # padding may hold anything
     if bidirectional:
-        wx = torch.cat([wx, wx.flip(1)])
+        wx = torch.cat([wx, _reverse(wx, lengths)])
     rows, time = wx.shape[:2]
     h = u.new_zeros(1, hidden) if h0 is None else h0
     h = h.expand(rows, hidden)
 
     outputs = []
     # unbind, not wx[:, t]: each slice would back-propagate a zero tensor of the whole sequence.
-    for wx_t in wx.unbind(1):
+    for t, wx_t in enumerate(wx.unbind(1)):
+        previous = h
         y = F.linear(h, u)
         if layer_norm:
             y = F.layer_norm(y, (2 * hidden,), ln_weight, ln_bias, eps)
@@ -61,6 +71,8 @@ def light_gru(
         if drop_mask is not None:
             c = c * drop_mask
         h = z * h + (1 - z) * c
+        if steps is not None:
+            h = torch.where(t < steps, h, previous)
         outputs.append(h)
 
     if time == 0 or rows == 0:
@@ -71,5 +83,15 @@ def light_gru(
         out = torch.stack(outputs, 1)
     if bidirectional:
         forward, backward = out.chunk(2)
-        out = torch.cat([forward, backward.flip(1)], 2)
-    return out
+        out = torch.cat([forward, _reverse(backward, lengths)], 2)
+    return out if valid is None else torch.where(valid[..., None], out, 0)
+
+
+def _reverse(x, lengths):
+    """Each sequence of `x` [B, T, n] back to front, its padding left where it is."""
+    if lengths is None:
+        return x.flip(1)
+    time = torch.arange(x.shape[1], device=x.device)
+    index = lengths[:, None] - 1 - time
+    index = torch.where(index < 0, time, index)
+    return x.take_along_dim(index[..., None], 1)

@@ -54,11 +54,16 @@ def draw_layer(random, hidden_sizes=None, most_rows=9, activations=tuple(referen
         "drop_mask": perhaps(lambda: (torch.rand(rows_or_one(), hidden) < 0.7).double() / 0.7),
         "ln_weight": perhaps(lambda: 1 + tensor(2 * hidden, scale=0.3)) if layer_norm else None,
         "ln_bias": perhaps(lambda: tensor(2 * hidden, scale=0.3)) if layer_norm else None,
+        "lengths": perhaps(lambda: torch.randint(time + 1, (batch,))),
         "layer_norm": layer_norm,
         "activation": random.choice(activations),
         "bidirectional": bidirectional,
         "eps": 10 ** random.uniform(-7, -3),
     }
+
+
+def is_float(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def restride(random, t):
@@ -101,10 +106,12 @@ def run(
     lay = lay or (lambda t: t)
     inputs = {
         key: lay(value.to(device, dtype)).detach().requires_grad_(key in wanted)
-        if isinstance(value, torch.Tensor)
+        if is_float(value)
         else value
         for key, value in arguments.items()
     }
+    if inputs["lengths"] is not None:
+        inputs["lengths"] = inputs["lengths"].to(device)
     casting = torch.autocast(device, autocast) if autocast else contextlib.nullcontext()
     with backend(name), casting:
         h = ops.light_gru(**inputs)
@@ -136,9 +143,7 @@ def distance(results, expected):
 def perturbed(arguments, step=1e-15):
     """The arguments, each of their numbers moved by about `step` of itself."""
     return {
-        key: value * (1 + step * torch.randn_like(value))
-        if isinstance(value, torch.Tensor)
-        else value
+        key: value * (1 + step * torch.randn_like(value)) if is_float(value) else value
         for key, value in arguments.items()
     }
 
@@ -182,7 +187,7 @@ def assert_low_precision_layer(random, precision, name, device, **sizes):
     upstream, wanted = draw_gradients(random, arguments)
     describe(arguments, wanted, dtype, autocast)
     arguments = {
-        key: value.to(dtype).double() if isinstance(value, torch.Tensor) else value
+        key: value.to(dtype).double() if is_float(value) else value
         for key, value in arguments.items()
     }
     upstream = upstream.to(dtype).double()

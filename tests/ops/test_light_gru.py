@@ -47,14 +47,18 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SHAPES = [(1, 1, 1), (3, 7, 12), (5, 2, 33), (1, 31, 64), (4, 9, 130)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-T{}-H{}".format(*s))
 
-# Name -> (layer_norm, affine, with h0, with mask). Every option is on in one and off in another.
+# Name -> (layer_norm, affine, with h0, with mask, with lengths). Every option is on in one and off in
+# another.
 OPTIONS = {
-    "sligru": (True, False, False, False),
-    "sligru-h0-mask": (True, False, True, True),
-    "sligru-affine-h0": (True, True, True, False),
-    "ligru-mask": (False, False, False, True),
-    "ligru-h0": (False, False, True, False),
+    "sligru": (True, False, False, False, False),
+    "sligru-h0-mask": (True, False, True, True, False),
+    "sligru-affine-h0": (True, True, True, False, False),
+    "sligru-affine-h0-mask-lengths": (True, True, True, True, True),
+    "ligru-mask": (False, False, False, True, False),
+    "ligru-h0": (False, False, True, False, False),
+    "ligru-h0-lengths": (False, False, True, False, True),
 }
+LENGTHS = [option for option in OPTIONS if option.endswith("lengths")]
 each_option = pytest.mark.parametrize("option", OPTIONS)
 each_activation = pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 each_direction = pytest.mark.parametrize("bidirectional", [False, True], ids=["uni", "bi"])
@@ -67,7 +71,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # tensors are small
 
 def make_inputs(shape, option, bidirectional=False):
     """Random float64 arguments on the CPU; the tensors among them want gradients, the mask not."""
-    (batch, time, hidden), (layer_norm, affine, with_h0, with_mask) = shape, OPTIONS[option]
+    batch, time, hidden = shape
+    layer_norm, affine, with_h0, with_mask, with_lengths = OPTIONS[option]
     rows = batch * (2 if bidirectional else 1)
 
     def randn(*sizes, scale=1.0):
@@ -81,19 +86,26 @@ def make_inputs(shape, option, bidirectional=False):
         "drop_mask": (torch.rand(rows, hidden) < 0.8).double() / 0.8 if with_mask else None,
         "ln_weight": 1 + randn(2 * hidden, scale=0.2) if affine else None,
         "ln_bias": randn(2 * hidden, scale=0.2) if affine else None,
+        "lengths": torch.randint(time + 1, (batch,)) if with_lengths else None,
         "layer_norm": layer_norm,
         "bidirectional": bidirectional,
     }
+
+
+def is_float(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def run(name, arguments, upstream=None, device="cpu", dtype=torch.float64, autocast=None):
     """The output and, given the gradient `upstream` of it, every gradient, by name."""
     inputs = {
         key: value.to(device, dtype).requires_grad_(upstream is not None and key != "drop_mask")
-        if isinstance(value, torch.Tensor)
+        if is_float(value)
         else value
         for key, value in arguments.items()
     }
+    if inputs["lengths"] is not None:
+        inputs["lengths"] = inputs["lengths"].to(device)
     casting = torch.autocast(device, autocast) if autocast else contextlib.nullcontext()
     with backend(name), casting:
         h = ops.light_gru(**inputs)
@@ -178,7 +190,7 @@ def assert_no_worse_than_the_loop(name, device, precision, arguments):
     dtype, autocast = PRECISIONS[precision]
     # What the low precision is given is exact in it, so that only the computation is compared.
     arguments = {
-        key: value.to(dtype).double() if isinstance(value, torch.Tensor) else value
+        key: value.to(dtype).double() if is_float(value) else value
         for key, value in arguments.items()
     } | {"activation": "tanh"}
     upstream = upstream_for(arguments).to(dtype).double()
@@ -196,7 +208,7 @@ def assert_no_worse_than_the_loop(name, device, precision, arguments):
 
 
 @each_precision
-@pytest.mark.parametrize("option", ["sligru-h0-mask", "sligru-affine-h0", "ligru-h0"])
+@pytest.mark.parametrize("option", ["sligru-h0-mask", "sligru-affine-h0", "ligru-h0", *LENGTHS])
 @each_direction
 def test_error_is_no_worse_than_the_loop(name, device, precision, option, bidirectional):
     arguments = make_inputs((6, 60, 96), option, bidirectional)
@@ -254,7 +266,7 @@ MANY_ROWS_SHAPES = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast-float16"])
 @pytest.mark.parametrize("shape", MANY_ROWS_SHAPES, ids=shape_id)
-@pytest.mark.parametrize("option", ["sligru-h0-mask", "sligru-affine-h0", "ligru-h0"])
+@pytest.mark.parametrize("option", ["sligru-affine-h0", *LENGTHS, "ligru-h0"])
 @each_direction
 def test_many_rows(precision, shape, option, bidirectional):
     arguments = make_inputs(shape, option, bidirectional)
@@ -265,7 +277,7 @@ def test_many_rows(precision, shape, option, bidirectional):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast-float16"])
 @pytest.mark.parametrize("shape", [(3, 5, 1032), (17, 4, 1528), (40, 3, 2048)], ids=shape_id)
-@pytest.mark.parametrize("option", ["sligru-h0-mask", "sligru-affine-h0", "ligru-h0"])
+@pytest.mark.parametrize("option", ["sligru-affine-h0", *LENGTHS, "ligru-h0"])
 @each_direction
 def test_layers_above_1024_units(precision, shape, option, bidirectional):
     arguments = make_inputs(shape, option, bidirectional)
@@ -299,10 +311,11 @@ def test_activations_in_low_precision(dtype, activation, bidirectional):
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast-bfloat16"])
 @pytest.mark.parametrize("shape", [(16, 1201, 512), (24, 450, 1024)], ids=["H512", "H1024"])
+@pytest.mark.parametrize("option", ["sligru-affine-h0", *LENGTHS[:1]])
 @each_direction
-def test_chunks_of_time_in_low_precision(autocast, shape, bidirectional):
+def test_chunks_of_time_in_low_precision(autocast, shape, bidirectional, option):
     """Long enough for several chunks of the persistent backward: of 224 MiB, at least 400 steps."""
-    arguments = make_inputs(shape, "sligru-affine-h0", bidirectional)
+    arguments = make_inputs(shape, option, bidirectional)
     arguments["activation"] = "tanh"
     upstream = upstream_for(arguments)
     expected = run("reference", arguments, upstream, "cuda")
@@ -423,10 +436,11 @@ def test_autocast_takes_16_bit_wx(name, device, dtype):
 
 
 @each_exact_backend
+@pytest.mark.parametrize("option", ["sligru-affine-h0", *LENGTHS[:1]])
 @each_direction
-def test_several_chunks_of_time(name, device, dtype, bidirectional):
+def test_several_chunks_of_time(name, device, dtype, bidirectional, option):
     """The backward goes through time in chunks: of 8 MiB on the CPU, of 64 MiB on a GPU."""
-    arguments = make_inputs((32, 301, 256), "sligru-affine-h0", bidirectional)
+    arguments = make_inputs((32, 301, 256), option, bidirectional)
     upstream = upstream_for(arguments)
     expected = run("reference", arguments, upstream)
     assert_close(run(name, arguments, upstream, device), expected, 1e-11)
@@ -514,7 +528,8 @@ def assert_same_bits(name, shape, option, device, dtype):
 @each_backend
 def test_same_input_same_bits(name, device, dtype):
     dtype = torch.float32 if dtype == torch.float64 else dtype
-    assert_same_bits(name, (7, 50, 40), "sligru-affine-h0", device, dtype)
+    for option in ("sligru-affine-h0", *LENGTHS):
+        assert_same_bits(name, (7, 50, 40), option, device, dtype)
 
 
 @pytest.mark.gpu
@@ -524,16 +539,94 @@ def test_same_input_same_bits(name, device, dtype):
     [(5, 200, 256), (7, 200, 512), (30, 200, 512), (9, 200, 1024), (90, 50, 1024)],
     ids=shape_id,
 )
-@pytest.mark.parametrize("option", ["sligru-h0-mask", "ligru-mask"])
+@pytest.mark.parametrize("option", ["sligru-h0-mask", "ligru-mask", *LENGTHS])
 def test_same_bits_from_every_kernel(dtype, shape, option):
     assert_same_bits("persistent", shape, option, "cuda", dtype)
+
+
+# ---- lengths
+
+
+def each_sequence(arguments, upstream):
+    """The loop's results for every sequence alone, put together as those of the padded batch are."""
+    batch, time, gates = arguments["wx"].shape
+    directions = 2 if arguments["bidirectional"] else 1
+    h0, mask = (
+        None if arguments[key] is None else arguments[key].view(directions, batch, -1)
+        for key in ("h0", "drop_mask")
+    )
+    expected = {"h": torch.zeros_like(upstream), "wx": torch.zeros_like(arguments["wx"])}
+    if h0 is not None:
+        expected["h0"] = torch.zeros_like(h0)
+    for i, length in enumerate(arguments["lengths"].tolist()):
+        alone = arguments | {"wx": arguments["wx"][i : i + 1, :length], "lengths": None}
+        for key, value in (("h0", h0), ("drop_mask", mask)):
+            alone[key] = None if value is None else value[:, i]
+        results = run("reference", alone, upstream[i : i + 1, :length])
+        for key in ("h", "wx"):
+            expected[key][i, :length] = results.pop(key)[0]
+        if h0 is not None:
+            expected["h0"][:, i] = results.pop("h0")
+        for key, value in results.items():
+            expected[key] = expected.get(key, 0) + value
+    if h0 is not None:
+        expected["h0"] = expected["h0"].flatten(0, 1)
+    return expected
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@each_shape
+@pytest.mark.parametrize("option", LENGTHS)
+@each_direction
+def test_a_padded_batch_is_its_sequences_one_by_one(name, shape, option, bidirectional):
+    arguments = make_inputs(shape, option, bidirectional)
+    upstream = upstream_for(arguments)
+    expected = each_sequence(arguments, upstream)
+    padding = torch.arange(shape[1]) >= arguments["lengths"][:, None]
+    arguments["wx"][padding] = math.nan  # padding may hold anything, and so may its gradient
+    upstream[padding] = math.nan
+    bound = 1e-9 if shape[2] == 1 else 1e-12
+    assert_close(run(name, arguments, upstream), expected, bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [16, 256, 512, 1024])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("option", LENGTHS)
+@each_direction
+def test_padding_may_hold_anything(hidden, dtype, option, bidirectional):
+    """On a GPU; and lengths out of bounds, which nobody can check there, are clamped."""
+    arguments = make_inputs((9, 13, hidden), option, bidirectional)
+    upstream = upstream_for(arguments)
+    padding = torch.arange(13) >= arguments["lengths"][:, None]
+    for name in ("stepwise",) if dtype == torch.float64 else ("stepwise", "persistent"):
+        clean = run(name, arguments, upstream, "cuda", dtype)
+        spoilt = arguments | {"wx": arguments["wx"].clone()}
+        spoilt["wx"][padding] = math.nan
+        spoilt["lengths"] = arguments["lengths"].clone()
+        spoilt["lengths"][spoilt["lengths"] == 13] = 99
+        spoilt["lengths"][spoilt["lengths"] == 0] = -1
+        for key, value in run(
+            name, spoilt, upstream.masked_fill(padding[..., None], math.nan), "cuda", dtype
+        ).items():
+            assert torch.equal(value, clean[key]), (name, key)
+
+
+@each_backend
+def test_lengths_of_all_steps_change_no_bit(name, device, dtype):
+    arguments = make_inputs((5, 6, 32), "sligru-h0-mask", bidirectional=True)
+    upstream = upstream_for(arguments)
+    plain = run(name, arguments, upstream, device, dtype)
+    full = arguments | {"lengths": torch.full((5,), 6)}
+    for key, value in run(name, full, upstream, device, dtype).items():
+        assert torch.equal(value, plain[key]), key
 
 
 # ---- autograd
 
 
 def operator_arguments(arguments, name, device, dtype):
-    """Positional arguments of the operator itself: six tensors, then the options."""
+    """Positional arguments of the operator itself: seven tensors, then the options."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     dtypes = {
         "wx": dtype,
@@ -542,6 +635,7 @@ def operator_arguments(arguments, name, device, dtype):
         "drop_mask": acc,
         "ln_weight": acc,
         "ln_bias": acc,
+        "lengths": torch.int32,
     }
     tensors = [
         None if arguments[key] is None else arguments[key].to(device, dtypes[key]) for key in dtypes
@@ -558,8 +652,9 @@ def test_gradcheck(name, device, dtype, option, bidirectional):
     tensors = [key for key in NAMES if arguments[key] is not None]
     values = [arguments[key].to(device).requires_grad_() for key in tensors]
     fixed = {key: value for key, value in arguments.items() if key not in tensors}
-    if fixed["drop_mask"] is not None:
-        fixed["drop_mask"] = fixed["drop_mask"].to(device)
+    for key in ("drop_mask", "lengths"):
+        if fixed[key] is not None:
+            fixed[key] = fixed[key].to(device)
 
     def function(*values):
         with backend(name):
@@ -777,7 +872,7 @@ def test_opcheck(name, device, dtype, option, bidirectional):
         (torch.randn_like(h), *tensors, *options, h, rho, True, True, True, True),
         test_utils=("test_schema", "test_faketensor"),
     )
-    for tensor, wanted in zip(tensors, (True, True, True, False, True, True), strict=True):
+    for tensor, wanted in zip(tensors, (True, True, True, False, True, True, False), strict=True):
         if tensor is not None:
             tensor.requires_grad_(wanted)
     torch.library.opcheck(torch.ops.sb_fast_sligru.light_gru, (*tensors, *options))
@@ -860,6 +955,18 @@ BAD_ARGUMENTS = {
         {"ln_bias": torch.zeros(8), "layer_norm": False},
         r"ln_bias: given, but layer_norm is False",
     ),
+    "lengths-list": ({"lengths": [3, 3]}, "lengths: got list, expected a torch.Tensor"),
+    "lengths-dtype": ({"lengths": torch.ones(2)}, "lengths: got torch.float32, expected int32 or"),
+    "lengths-shape": (
+        {"lengths": torch.ones(3, dtype=torch.int64)},
+        r"lengths: got shape \(3,\), expected \[2\]",
+    ),
+    "lengths-device": (
+        {"lengths": torch.ones(2, dtype=torch.int32, device="meta")},
+        "lengths: got device meta, expected cpu",
+    ),
+    "lengths-long": ({"lengths": torch.tensor([3, 4])}, "lengths: got 4, expected 0 to T = 3"),
+    "lengths-negative": ({"lengths": torch.tensor([3, -1])}, "lengths: got -1, expected 0 to T"),
     "activation": ({"activation": "gelu"}, r"activation: got 'gelu', expected one of relu, tanh"),
 }
 
@@ -881,6 +988,7 @@ def call_op(**changed):
         "drop_mask": None,
         "ln_weight": None,
         "ln_bias": None,
+        "lengths": None,
         "layer_norm": True,
         "eps": 1e-5,
         "activation": "relu",
@@ -897,6 +1005,8 @@ def call_op(**changed):
         ({"wx": torch.zeros(3, 8)}, r"wx: got Float \[3, 8\], expected \[B, T, 2H\]"),
         ({"wx": torch.zeros(2, 3, 6)}, r"wx: its last axis is 6, expected 2H = 8"),
         ({"u": torch.zeros(8, 5)}, r"u: got Float \[8, 5\], expected \[2H, H\]"),
+        ({"lengths": torch.zeros(2)}, r"lengths: got Float \[2\], expected Int \[2\]"),
+        ({"lengths": torch.tensor([3, 4]).int()}, "lengths: got 4, expected 0 to T = 3"),
         ({"h0": torch.zeros(1, 4)}, r"h0: got Float \[1, 4\], expected Float \[2, 4\]"),
         ({"drop_mask": torch.zeros(2, 4).double()}, r"drop_mask: got Double"),
         ({"ln_bias": torch.zeros(8), "layer_norm": False}, r"ln_weight, ln_bias: given although"),

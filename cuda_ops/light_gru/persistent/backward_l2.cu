@@ -154,29 +154,31 @@ struct L2Streams {
   static constexpr int kBytes = sizeof(T), kUnitCells = Shape::kUnitCells;
   static constexpr int kStreamBytes = Shape::kCapacity * kBytes;
 
-  int row_step;        // of [R, count], of the next step to load
+  int64_t row_step;    // of [R, p.count], of the next step to load
+  int entry;           // the step from which on there are grad_h and rho
   const char* grad_h;  // of the lane's first unit
-  int rho_index;
+  int64_t rho_index;
   int onward;  // in time: 1 or -1
 
-  __device__ __forceinline__ void begin(const PersistentBackward& p, const Row& row, int unit) {
-    const int count = static_cast<int>(p.count);
-    row_step = (row.index + 1) * count - 1;
-    grad_h = grad_h_stream(p, grad_h_sequence(p), row, unit).source;
+  __device__ __forceinline__ void begin(const PersistentBackward& p, const Row& row, int count,
+                                        int unit) {
+    row_step = last_row_step(p, row, count);
+    entry = entry_step(p, row, count);
+    grad_h = grad_h_stream(p, grad_h_sequence(p), row, count, unit).source;
     onward = row.direction == 1 ? 1 : -1;
-    rho_index = static_cast<int>(row.index * p.layer.time +
-                                 p.layer.time_of(row.index, p.first + count - 1));
+    rho_index = row.index * p.layer.time + row.time_of(p.first + count - 1);
   }
 
-  // Loads step k, counted from the chunk's last, and moves on. unit: the lane's first. By whole warps.
+  // Loads step k of `count` and moves on, but for row_step. unit: the lane's first. By whole warps.
   __device__ __forceinline__ void load_next(const PersistentBackward& p, int lane, int unit, int k,
-                                            bool grad_float, const bool (&in_range)[kUnitCells],
+                                            int count, bool grad_float,
+                                            const bool (&in_range)[kUnitCells],
                                             StepBits (&x)[kUnitCells]) {
     const int streams = p.layer.layer_norm ? kCoefficientStreams<true> : kCoefficientStreams<false>;
     const int step_bytes = streams * kStreamBytes, grad_bytes = grad_float ? 4 : 2;
     const int64_t grad_step = onward * (p.grad_h_time_stride * grad_bytes);
     const char* coefficients =
-        static_cast<const char*>(p.coefficients) + int64_t{row_step} * step_bytes + unit * kBytes;
+        static_cast<const char*>(p.coefficients) + row_step * step_bytes + unit * kBytes;
 #pragma unroll
     for (int u = 0; u < kUnitCells; u++) {
       x[u] = {};
@@ -186,28 +188,29 @@ struct L2Streams {
           if (i < streams)
             x[u].coefficients[i] = load_bits(coefficients + i * kStreamBytes + 32 * u * kBytes,
                                              L2Operand<T>::kIsFloat);
-        x[u].grad_h = load_bits(grad_h + 32 * u * grad_bytes, grad_float);
+        if (k >= entry) x[u].grad_h = load_bits(grad_h + 32 * u * grad_bytes, grad_float);
       }
     }
     // A sector of 32 bytes a lane, four lanes a stream.
-    if (k + kL2Ahead < p.count) {
+    if (k + kL2Ahead < count) {
       const int stream = lane / 4, sector = lane % 4 * 32;
       const char* ahead = coefficients - kL2Ahead * step_bytes + stream * kStreamBytes;
       int bytes = kBytes;
       if (stream >= streams) ahead = grad_h + kL2Ahead * grad_step, bytes = grad_bytes;
       ahead += sector - lane * bytes;
-      if (stream <= streams && sector < 32 * bytes) {
+      const bool exists = stream < streams || k + kL2Ahead >= entry;
+      if (stream <= streams && exists && sector < 32 * bytes) {
 #pragma unroll
         for (int u = 0; u < kUnitCells; u++)
           if (in_range[u]) prefetch(ahead + 32 * u * bytes);
       }
     }
-    row_step--;
     grad_h += grad_step;
   }
-  // Of the step whose streams were loaded before.
-  __device__ __forceinline__ float load_rho(const PersistentBackward& p) {
-    const float rho = p.layer.layer_norm ? p.rho[rho_index] : 1.f;
+  // Of step k, whose streams were loaded before.
+  __device__ __forceinline__ float load_rho(const PersistentBackward& p, int k) {
+    float rho = 1.f;
+    if (p.layer.layer_norm) rho = k >= entry ? p.rho[rho_index] : 0.f;
     rho_index += onward;
     return rho;
   }
@@ -232,6 +235,8 @@ __device__ __forceinline__ void backward(const L2Wave<PersistentBackward>& wave)
   extern __shared__ __align__(128) uint8_t shared_bytes[];
   const PersistentBackward& p = wave.p;
   const L2Position at(wave, kUnits);
+  const int count = cluster_steps(p, at.row0);
+  if (count == 0) return;
   const L2Memory memory = {Shape::kMostRows, L2Product<Shape>::kRowMessages, at.blocks};
   char* const exchange = static_cast<char*>(p.exchange) + blockIdx.x / at.blocks * memory.bytes();
   const uint32_t fragments = shared_address(shared_bytes);
@@ -247,7 +252,7 @@ __device__ __forceinline__ void backward(const L2Wave<PersistentBackward>& wave)
 
   // Cells [row][unit] of the lane.
   constexpr int kPadded = Shape::kCapacity;
-  const int count = static_cast<int>(p.count), unit = at.block_unit0 + at.lane;
+  const int unit = at.block_unit0 + at.lane;
   const bool grad_float = p.layer.output_type == DType::kFloat32;
   const float inverse_size = 1.f / static_cast<float>(2 * at.hidden_size);
   bool in_range[kUnitCells];
@@ -258,13 +263,15 @@ __device__ __forceinline__ void backward(const L2Wave<PersistentBackward>& wave)
   for (int u = 0; u < kUnitCells; u++)
     in_range[u] = at.lane < kUnits && unit + 32 * u < at.hidden_size;
   const auto carry_of = [&](int i, int u) {
-    return p.carry + int64_t{at.row0 + at.row_of(i)} * at.hidden_size + unit + 32 * u;
+    return p.carry + int64_t{locate_row(p.layer, at.row0 + at.row_of(i)).index} * at.hidden_size +
+           unit + 32 * u;
   };
 #pragma unroll
   for (int i = 0; i < kRowCells; i++) {
     if (!at.has_row(i)) break;
-    streams[i].begin(p, locate_row(p.layer, at.row0 + at.row_of(i)), in_range[0] ? unit : 0);
-    streams[i].load_next(p, at.lane, unit, 0, grad_float, in_range, next[i]);
+    streams[i].begin(p, locate_row(p.layer, at.row0 + at.row_of(i)), count, in_range[0] ? unit : 0);
+    streams[i].load_next(p, at.lane, unit, 0, count, grad_float, in_range, next[i]);
+    streams[i].row_step--;
 #pragma unroll
     for (int u = 0; u < kUnitCells; u++)
       if (in_range[u]) carry[i][u] = *carry_of(i, u);
@@ -296,15 +303,14 @@ __device__ __forceinline__ void backward(const L2Wave<PersistentBackward>& wave)
 #pragma unroll
     for (int i = 0; i < kRowCells; i++) {
       if (!at.has_row(i)) break;
-      rho[i] = streams[i].load_rho(p);
-      T* const to =
-          static_cast<T*>(p.dwx_rows) + int64_t{streams[i].row_step + 1} * (2 * kPadded) + unit;
+      rho[i] = streams[i].load_rho(p, k);
+      T* const to = static_cast<T*>(p.dwx_rows) + (streams[i].row_step + 1) * (2 * kPadded) + unit;
 #pragma unroll
       for (int u = 0; u < kUnitCells; u++)
         if (in_range[u])
           to[32 * u] = narrow<T>(dwx[i][u].x), to[32 * u + kPadded] = narrow<T>(dwx[i][u].y);
       if (k + 1 < count)
-        streams[i].load_next(p, at.lane, unit, k + 1, grad_float, in_range, next[i]);
+        streams[i].load_next(p, at.lane, unit, k + 1, count, grad_float, in_range, next[i]);
     }
 
     product.template run<Shape::Operand::kIsFloat>(
@@ -327,9 +333,9 @@ __device__ __forceinline__ void backward(const L2Wave<PersistentBackward>& wave)
       float m2 = 0.f;
       if (layer_norm) {
         m2 = m2_sums.receive(i, at.lane, step, m2_now[i]) * inverse_size;
-        if (at.rank == 0 && at.lane == 0)
-          p.m2[int64_t{at.row0 + at.row_of(i) + 1} * count - 1 - k] = m2;
+        if (at.rank == 0 && at.lane == 0) p.m2[streams[i].row_step + 1] = m2;
       }
+      streams[i].row_step--;
 #pragma unroll
       for (int u = 0; u < kUnitCells; u++)
         carry[i][u] =

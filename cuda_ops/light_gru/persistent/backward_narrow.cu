@@ -85,27 +85,31 @@ struct Streams {
   uint32_t coefficient_address, grad_address, rho_address;
   bool grad_float;
 
-  __device__ __forceinline__ Streams(const PersistentBackward& p, const Lane<Shape>& at,
+  __device__ __forceinline__ Streams(const PersistentBackward& p, const Lane<Shape>& at, int count,
                                      const Memory& ring)
-      : count(static_cast<int>(p.count)) {
+      : count(count) {
     const Sequence grad_h = grad_h_sequence(p);
     const int grad_bytes = grad_h.bytes(), grad_pieces = grad_bytes / 2, lane = at.lane;
     const auto& ring0 = ring[0].of_warp[at.warp];
     copy.target = shared_address(&ring0[0]);
     if (lane < kStreams * kRows) {
       const Row row = locate_row(p.layer, at.row0 + lane % kRows);
-      copy.stream = coefficient_stream<T, kStreams, Shape::kHidden>(p, row, lane / kRows, at.unit0);
+      copy.stream =
+          coefficient_stream<T, kStreams, Shape::kHidden>(p, row, count, lane / kRows, at.unit0);
       copy.bytes = 16;
       copy.target += lane * 16;
     } else if (lane < kStreams * kRows + kRows * grad_pieces) {
       const int piece = lane - kStreams * kRows;
       const Row row = locate_row(p.layer, at.row0 + piece / grad_pieces);
-      copy.stream = grad_h_stream(p, grad_h, row, at.unit0);
+      copy.stream = grad_h_stream(p, grad_h, row, count, at.unit0);
+      copy.entry = entry_step(p, row, count);
       copy.stream.source += piece % grad_pieces * 16;
       copy.bytes = at.in_range ? 16 : 0;
       copy.target += kGradOffset + piece * 16;
     } else if (kLayerNorm && lane >= 32 - kRows) {
-      copy.stream = rho_stream(p, locate_row(p.layer, at.row0 + lane % kRows));
+      const Row row = locate_row(p.layer, at.row0 + lane % kRows);
+      copy.stream = rho_stream(p, row, count);
+      copy.entry = entry_step(p, row, count);
       copy.bytes = 4;
       copy.target += kRhoOffset + lane % kRows * 4;
     }
@@ -338,8 +342,10 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
   __shared__ alignas(16) typename Streams<Shape>::Memory ring;
   __shared__ alignas(8) uint64_t barriers[4];
 
-  const int hidden_size = static_cast<int>(p.layer.hidden), count = static_cast<int>(p.count);
+  const int hidden_size = static_cast<int>(p.layer.hidden);
   const Lane<Shape> at(hidden_size);
+  const int count = cluster_steps(p, at.row0);
+  if (count == 0) return;
 
   const Arrival carry_arrival = {shared_address(&barriers[0]), Carries::kTraffic};
   const Arrival m2_arrival = {shared_address(&barriers[2]), M2Sum<Shape>::kTraffic};
@@ -348,7 +354,7 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
   const Carries partial_carries(p, at, partial, carry_arrival);
   const BlockDwx<Shape> block_dwx(at, operand);
   const M2Sum<Shape> m2_sum(hidden_size, at, m2_sums, m2_terms, m2_arrival);
-  Streams<Shape> streams(p, at, ring);
+  Streams<Shape> streams(p, at, count, ring);
 #pragma unroll
   for (int k = 0; k < kRingSteps - 1; k++) streams.fetch(k);
   typename Streams<Shape>::Input next = streams.load(0);
@@ -356,8 +362,8 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
   const Row row = locate_row(p.layer, at.row0 + at.row);
   float* const state = p.carry + int64_t{row.index} * hidden_size + at.unit;
   float carry = at.in_range ? *state : 0.f;
-  int row_step = (row.index + 1) * count - 1;
-  DwxOutput<uint16_t, Shape::kHidden> output(p, row, at.unit, at.in_range);
+  int64_t row_step = last_row_step(p, row, count);
+  DwxOutput<uint16_t, Shape::kHidden> output(p, row, count, at.unit, at.in_range);
   const bool stores_m2 =
       kLayerNorm && at.rank == 0 && at.warp == 0 && at.c == 0 && at.g % 2 == 0 && row.valid;
   cluster_barrier();

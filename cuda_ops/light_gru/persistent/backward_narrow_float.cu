@@ -74,9 +74,9 @@ struct Streams {
   PieceCopy<kLayerNorm> copy;
   uint32_t stream_address, rho_address;
 
-  __device__ __forceinline__ Streams(const PersistentBackward& p, const Lane& at,
+  __device__ __forceinline__ Streams(const PersistentBackward& p, const Lane& at, int count,
                                      const Memory& ring)
-      : count(static_cast<int>(p.count)) {
+      : count(count) {
     const int piece = threadIdx.x;
     copy.target = shared_address(&ring[0][0]);
     if (piece < kRhoPiece) {
@@ -86,13 +86,17 @@ struct Streams {
       copy.target += stream * kStreamBytes + piece_row * kRowBytes + piece % kRowPieces * 16;
       copy.bytes = 16;
       if (stream < kStreams) {
-        copy.stream = coefficient_stream<float, kStreams, kHidden>(p, row, stream, piece_unit);
+        copy.stream =
+            coefficient_stream<float, kStreams, kHidden>(p, row, count, stream, piece_unit);
       } else {
-        copy.stream = grad_h_stream(p, grad_h_sequence(p), row, piece_unit);
+        copy.stream = grad_h_stream(p, grad_h_sequence(p), row, count, piece_unit);
+        copy.entry = entry_step(p, row, count);
         if (piece_unit >= static_cast<int>(p.layer.hidden)) copy.bytes = 0;
       }
     } else if (kLayerNorm && piece < kRhoPiece + kRows) {
-      copy.stream = rho_stream(p, locate_row(p.layer, at.row0 + piece - kRhoPiece));
+      const Row row = locate_row(p.layer, at.row0 + piece - kRhoPiece);
+      copy.stream = rho_stream(p, row, count);
+      copy.entry = entry_step(p, row, count);
       copy.bytes = 4;
       copy.target += kRhoOffset + (piece - kRhoPiece) * 4;
     }
@@ -393,15 +397,17 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   __shared__ alignas(16) typename Inputs::Memory ring;
   __shared__ alignas(8) uint64_t barriers[4];
 
-  const int hidden_size = static_cast<int>(p.layer.hidden), count = static_cast<int>(p.count);
+  const int hidden_size = static_cast<int>(p.layer.hidden);
   const Lane at(p, kCluster);
+  const int count = cluster_steps(p, at.row0);
+  if (count == 0) return;
   const Arrival carry_arrival = {shared_address(&barriers[0]), Carries::traffic(at.rows)};
   const Arrival m2_arrival = {shared_address(&barriers[2]), M2::traffic(at.rows)};
   begin_arrivals<kFloatThreads, kLayerNorm>(carry_arrival, m2_arrival, ring);
 
   Carries partial_carries(p, at, partial, carry_arrival);
   const M2 m2_sum(hidden_size, at, m2_sums, m2_terms, m2_arrival);
-  Inputs streams(p, at, ring);
+  Inputs streams(p, at, count, ring);
 #pragma unroll
   for (int k = 0; k < kRingSteps - 1; k++) streams.fetch(k);
   streams.wait();
@@ -409,10 +415,10 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   auto next = streams.load(0);
 
   const Row row = locate_row(p.layer, at.row0 + at.row);
-  DwxOutput<float, kHidden> output(p, row, at.unit, at.owns && at.in_use && at.in_range);
+  DwxOutput<float, kHidden> output(p, row, count, at.unit, at.owns && at.in_use && at.in_range);
 
   float carry = at.in_range ? p.carry[int64_t{row.index} * hidden_size + at.unit] : 0.f;
-  const int row_last = (row.index + 1) * count - 1;
+  const int64_t row_last = last_row_step(p, row, count);
   const bool stores_m2 = kLayerNorm && at.rank == 0 && at.warp == 0 && at.c == 0 && at.g % 2 == 0 &&
                          row.valid && at.in_use;
   BlockDwx block_dwx(at, operand, inverse_scale);

@@ -72,6 +72,7 @@ struct Streams {
   static constexpr int kStreamBytes = kWideHidden * 4, kStepBytes = kStreams * kStreamBytes;
 
   int count;
+  int entry;  // the step from which on there are grad_h and rho
   const char* coefficients;
   Stream grad_h;
   const float* rhos = nullptr;
@@ -80,12 +81,13 @@ struct Streams {
   StepInput<float2, kLayerNorm> next;
 
   __device__ __forceinline__ Streams(const PersistentBackward& p, const WideLane& at,
-                                     const Row& row)
-      : count(static_cast<int>(p.count)), in_range(at.in_range) {
+                                     const Row& row, int count)
+      : count(count), entry(entry_step(p, row, count)), in_range(at.in_range) {
     const Sequence grads = {p.grad_h, DType::kFloat32, p.grad_h_batch_stride, p.grad_h_time_stride};
-    coefficients = coefficient_stream<float, kStreams, kWideHidden>(p, row, 0, at.unit).source;
-    grad_h = grad_h_stream(p, grads, row, at.unit);
-    if (kLayerNorm) rhos = reinterpret_cast<const float*>(rho_stream(p, row).source);
+    coefficients =
+        coefficient_stream<float, kStreams, kWideHidden>(p, row, count, 0, at.unit).source;
+    grad_h = grad_h_stream(p, grads, row, count, at.unit);
+    if (kLayerNorm) rhos = reinterpret_cast<const float*>(rho_stream(p, row, count).source);
     rho_step = row.direction ? 1 : -1;
     prefetches = at.warp % 4 == 0 && at.c == 0;
   }
@@ -95,20 +97,20 @@ struct Streams {
 #pragma unroll
     for (int i = 0; i < kStreams; i++)
       next.coefficients[i] = load_global_float2(coefficients + i * kStreamBytes);
-    if (in_range) next.grad_h = load_global_float2(grad_h.source);
-    if (kLayerNorm) next.rho = *rhos;
+    if (in_range && k > entry) next.grad_h = load_global_float2(grad_h.source);
+    if (kLayerNorm) next.rho = k > entry ? *rhos : 0.f;
     if (k < count) {
       coefficients -= kStepBytes;
       grad_h.source += grad_h.step;
       if (kLayerNorm) rhos += rho_step;
     }
   }
-  // What load() will load, into L2. One lane for each line of 128 bytes: 4 warps share it.
-  __device__ __forceinline__ void prefetch() const {
+  // What load() will load, step k, into L2. One lane for each line of 128 bytes: 4 warps share it.
+  __device__ __forceinline__ void prefetch(int k) const {
     if (!prefetches) return;
 #pragma unroll
     for (int i = 0; i < kStreams; i++) sb_fast_sligru::prefetch(coefficients + i * kStreamBytes);
-    if (in_range) sb_fast_sligru::prefetch(grad_h.source);
+    if (in_range && k >= entry) sb_fast_sligru::prefetch(grad_h.source);
     if (kLayerNorm) sb_fast_sligru::prefetch(rhos);
   }
 };
@@ -253,8 +255,10 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
 
-  const int hidden_size = static_cast<int>(p.layer.hidden), count = static_cast<int>(p.count);
+  const int hidden_size = static_cast<int>(p.layer.hidden);
   const WideLane at(hidden_size);
+  const int count = cluster_steps(p, at.row0);
+  if (count == 0) return;
   PartialCarries partial_carries(at, shared);
   M2Sum m2_sum(hidden_size, at, shared);
   if (threadIdx.x < 2) mbarrier::init(partial_carries.arrival.barrier_of(threadIdx.x));
@@ -275,13 +279,13 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   RowTerms<kLayerNorm> row_terms(at, shared);
   BlockDwx block_dwx(at, shared);
   const Row row = locate_row(p.layer, at.row0 + at.g);
-  Streams<kLayerNorm> streams(p, at, row);
+  Streams<kLayerNorm> streams(p, at, row, count);
   streams.load(1);
 
   float2* state = reinterpret_cast<float2*>(p.carry + int64_t{row.index} * hidden_size + at.unit);
   float2 carry = at.in_range ? *state : make_float2(0.f, 0.f);
   const bool stored = row.valid && at.in_range;
-  const int64_t row_last = int64_t{row.index + 1} * count - 1;
+  const int64_t row_last = last_row_step(p, row, count);
   char* output = static_cast<char*>(p.dwx_rows) + row_last * 2 * kStreamBytes + at.unit * 4;
   const bool stores_m2 = kLayerNorm && at.rank == 0 && at.warp == 0 && at.c == 0 && row.valid;
   pin(m2_sum.inverse_size), pin(inverse_scale), pin(partial_carries.receive_address);
@@ -320,7 +324,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       *reinterpret_cast<float2*>(output + kStreamBytes) = dwx_z;
     }
     output -= 2 * kStreamBytes;
-    streams.prefetch();
+    streams.prefetch(k + 1);
 
     float sums[2][4], low_sums[2][4];
     uint4 all_dwx[2];  // of a batch, of the next

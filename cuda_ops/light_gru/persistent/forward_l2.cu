@@ -129,21 +129,22 @@ struct L2Row {
 
   const char* wx;  // of the lane's first unit
   char* h;
-  int rho_index;
+  int64_t rho_index;
   int onward;  // in time: 1 or -1
+  int length;  // steps of the row's sequence
 
   __device__ __forceinline__ void begin(const PersistentForward& p, const Row& row, int unit) {
     const Recurrence& layer = p.layer;
-    wx = wx_sequence(layer).at(layer, row, 0, unit);
+    wx = wx_sequence(layer).at(row, 0, unit);
     h = const_cast<char*>(
-        h_sequence(layer, p.h)
-            .at(layer, row, 0, row.direction * static_cast<int>(layer.hidden) + unit));
-    rho_index = static_cast<int>(row.index * layer.time + layer.time_of(row.index, 0));
+        h_sequence(layer, p.h).at(row, 0, row.direction * static_cast<int>(layer.hidden) + unit));
+    rho_index = row.index * layer.time + row.time_of(0);
     onward = row.direction == 1 ? -1 : 1;
+    length = row.length;
   }
 
-  // `left`: steps from the next one on.
-  __device__ __forceinline__ void load_next(const Recurrence& layer, bool wx_float, int left,
+  // Step n.
+  __device__ __forceinline__ void load_next(const Recurrence& layer, bool wx_float, int n,
                                             const bool (&in_range)[kUnitCells],
                                             uint2 (&x)[kUnitCells]) {
     const int bytes = wx_float ? 4 : 2, gate_bytes = static_cast<int>(layer.hidden) * bytes;
@@ -151,10 +152,10 @@ struct L2Row {
 #pragma unroll
     for (int u = 0; u < kUnitCells; u++) {
       x[u] = make_uint2(0, 0);
-      if (!in_range[u]) continue;
+      if (!in_range[u] || n >= length) continue;
       const char* from = wx + 32 * u * bytes;
       x[u] = make_uint2(load_bits(from, wx_float), load_bits(from + gate_bytes, wx_float));
-      if (left > kL2Ahead) {
+      if (n + kL2Ahead < length) {
         prefetch(from + kL2Ahead * step);
         prefetch(from + kL2Ahead * step + gate_bytes);
       }
@@ -162,16 +163,16 @@ struct L2Row {
     wx += step;
   }
 
-  __device__ __forceinline__ void store_next(const PersistentForward& p, bool stores_rho, float rho,
-                                             const bool (&in_range)[kUnitCells],
+  __device__ __forceinline__ void store_next(const PersistentForward& p, int n, bool stores_rho,
+                                             float rho, const bool (&in_range)[kUnitCells],
                                              const UnitState (&state)[kUnitCells]) {
     const bool is_float = kIsFloat || p.layer.output_type == DType::kFloat32;
     const int bytes = is_float ? 4 : 2;
-    if (stores_rho) p.rho[rho_index] = rho;
+    if (stores_rho && n < length) p.rho[rho_index] = rho;
     rho_index += onward;
 #pragma unroll
     for (int u = 0; u < kUnitCells; u++) {
-      if (!in_range[u]) continue;
+      if (!in_range[u] || n >= length) continue;
       char* to = h + 32 * u * bytes;
       if (is_float)
         *reinterpret_cast<float*>(to) = state[u].h;
@@ -204,7 +205,7 @@ __device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
 
   // Cells [row][unit] of the lane.
   const bool layer_norm = layer.layer_norm, wx_float = layer.wx_type == DType::kFloat32;
-  const int steps = static_cast<int>(layer.time);
+  const int steps = longest_from(layer, at.row0);
   bool in_range[kUnitCells];
   UnitParameters parameters[kUnitCells];
   UnitState state[kRowCells][kUnitCells];
@@ -227,7 +228,7 @@ __device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
       if (in_range[u]) state[i][u].load(layer, row, at.block_unit0 + 32 * u + at.lane);
       publisher.send(i, u, state[i][u].h, 1);
     }
-    rows[i].load_next(layer, wx_float, steps, in_range, wx[i]);
+    rows[i].load_next(layer, wx_float, 0, in_range, wx[i]);
   }
   const bool stores_rho = layer_norm && at.rank == 0 && at.lane == 0;
   const RootMeanSquare mean(layer);
@@ -277,8 +278,8 @@ __device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
 #pragma unroll
     for (int i = 0; i < kRowCells; i++) {
       if (!at.has_row(i)) break;
-      rows[i].store_next(p, stores_rho, rho[i], in_range, state[i]);
-      if (t + 1 < steps) rows[i].load_next(layer, wx_float, steps - t - 1, in_range, wx[i]);
+      rows[i].store_next(p, t, stores_rho, rho[i], in_range, state[i]);
+      if (t + 1 < steps) rows[i].load_next(layer, wx_float, t + 1, in_range, wx[i]);
     }
   }
 }

@@ -186,7 +186,7 @@ struct Input {
       const int piece = i & shift, j = i >> shift, section = j % kWideWarps;
       const int gate = j / kWideWarps % 2, local_row = j / kWideWarps / 2;
       const RowStream& row = shared.wx_rows[local_row];
-      if (row.data != nullptr && section * 8 < block_units)
+      if (row.has(n) && section * 8 < block_units)
         copy_async_16(shared_address(&shared.wx) + local_row * row_bytes + gate * gate_bytes +
                           (section_of(local_row, section) * pieces + piece) * 16,
                       row.at(n) + gate * row_gate_bytes + (section * pieces + piece) * 16);
@@ -212,6 +212,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 
   const Recurrence& layer = p.layer;
   const Position at = locate_thread<kWideCluster, kWideUnits>(layer, p.choice.rows);
+  if (at.steps == 0) return;  // no sequence of the cluster has any
   const Rows rows = {layer, at.row0, p.choice.rows, (p.choice.rows + 7) / 8};
   const int unit = at.block_unit0 + at.warp * 8 + at.g;
   const bool in_range = at.block_unit0 + at.warp * 8 < at.hidden_size;
@@ -239,10 +240,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   for (int i = threadIdx.x; i < kManyRows; i += kWideThreads) {
     const Row row = rows.locate(i);
     const int h_unit = row.direction * at.hidden_size + at.block_unit0;
-    shared.wx_rows[i] = {row.valid ? wx_all.at(layer, row, 0, at.block_unit0) : nullptr,
-                         wx_all.step_bytes(row)};
-    shared.h_rows[i] = {row.valid ? outputs.at(layer, row, 0, h_unit) : nullptr,
-                        outputs.step_bytes(row)};
+    shared.wx_rows[i] = {wx_all.at(row, 0, at.block_unit0), wx_all.step_bytes(row), 0,
+                         row.stored_steps()};
+    shared.h_rows[i] = {outputs.at(row, 0, h_unit), outputs.step_bytes(row), 0, row.stored_steps()};
     shared.rho[i] = 0.f;
   }
   Input<T> wx(shared, wx_all, at, rows);
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       const int section = i % 2 * 4 + at.lane / 8;
       const uint4 words = load_uint4(shared_address(&shared.hidden[0][0]) + i / 2 * kTileBytes +
                                      section * kCoreBytes + at.lane % 8 * 16);
-      if (row.data != nullptr && section * 8 < wx.block_units)
+      if (row.has(n) && section * 8 < wx.block_units)
         *reinterpret_cast<uint4*>(const_cast<char*>(row.at(n)) + section * 16) = words;
     }
   };
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     if constexpr (kLayerNorm) {
       const float rho = norm.rho(add_row_sums(shared.squares));
       if (computes_rho && at.lane < 8) shared.rho[rho_local_row] = rho;
-      rho_output.store(rho);
+      rho_output.store(t, rho);
     }
     copy_async_wait<0>();
     __syncthreads();
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
         state[j][i].h = next_hidden(state[j][i].h, fast_sigmoid(s), candidate);
         if (h_float) {
           const RowStream& row = shared.h_rows[8 * j + 2 * at.c + i];
-          if (row.data != nullptr && in_range)
+          if (row.has(t) && in_range)
             reinterpret_cast<float*>(const_cast<char*>(row.at(t)))[at.warp * 8 + at.g] =
                 state[j][i].h;
         }

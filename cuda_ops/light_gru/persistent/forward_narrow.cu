@@ -194,10 +194,9 @@ struct Input {
     const int lane = at.lane;
     const int wx_bytes = wx.bytes(), pieces = wx_bytes / 2;  // pieces of 8 units
     const Row row = locate_row(layer, at.row0 + (lane / (2 * pieces)) % kRows);
-    stream.steps = at.steps;
+    stream.steps = row.length;
     stream.copies = in_range && lane < 2 * kRows * pieces;
-    stream.source =
-        wx.at(layer, row, 0, lane / pieces % 2 * at.hidden_size + unit0) + lane % pieces * 16;
+    stream.source = wx.at(row, 0, lane / pieces % 2 * at.hidden_size + unit0) + lane % pieces * 16;
     stream.source_step = wx.step_bytes(row);
     stream.target = shared_address(&shared.ring[0][at.warp][lane * 16 % G::kRingBytes]);
     load_address = shared_address(&shared.ring[0][at.warp][0]) + (at.c * 16 + at.g) * wx_bytes;
@@ -309,8 +308,8 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
     update(state, activation, wx_t, r, rho);
 
     sender.send_hidden(state.h, t + 1);
-    output.store<T>(state.h);
-    rho_output.store(rho);
+    output.store<T>(t, state.h);
+    rho_output.store(t, rho);
   }
   arrivals.wait_for_last_hidden(at.steps);
   cluster_barrier();

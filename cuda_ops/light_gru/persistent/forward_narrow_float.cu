@@ -300,9 +300,9 @@ struct Input {
                                    const Role& role, const Row& row) {
     const Sequence wx = wx_sequence(layer);
     const int unit = at.lane % 8 * 4, gate = at.lane / 8 % 2;
-    stream.steps = at.steps;
+    stream.steps = row.length;
     stream.copies = role.half == 0 && at.lane < 16 && at.block_unit0 + unit < at.hidden_size;
-    stream.source = wx.at(layer, row, 0, gate * at.hidden_size + at.block_unit0 + unit);
+    stream.source = wx.at(row, 0, gate * at.hidden_size + at.block_unit0 + unit);
     stream.source_step = wx.step_bytes(row);
     stream.target = shared_address(&shared.ring[0][role.row][gate][unit]);
     load_address = shared_address(&shared.ring[0][role.row][0][at.lane]);
@@ -425,8 +425,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     // In the shadow of hop 2: the copy for a later step.
     wx.stream.fetch_group(t + kRingSteps - 1);
     copy_async_wait<kRingSteps - 2>();
-    output.store_float(state.h);
-    rho_output.store(rho);
+    output.store_float(t, state.h);
+    rho_output.store(t, rho);
   }
   for (int n = 0; n < kCluster; n++)
     mbarrier::wait(shared_address(&shared.hidden_arrived[at.steps % G::kBuffers][n]),

@@ -14,7 +14,8 @@ namespace sb_fast_sligru {
 
 // ---- where a thread stands
 struct Position {
-  int hidden_size, steps;
+  int hidden_size;
+  int steps;  // of the cluster's longest sequence; the shorter ones compute on, unread and unstored
   int warp, lane;
   int g, c;         // lane = 4g + c, as in product.cuh
   uint32_t rank;    // of the block in its cluster
@@ -26,11 +27,12 @@ struct Position {
 template <int kCluster, int kUnits>
 __device__ __forceinline__ Position locate_thread(const Recurrence& layer, int rows) {
   Position at;
-  at.hidden_size = static_cast<int>(layer.hidden), at.steps = static_cast<int>(layer.time);
+  at.hidden_size = static_cast<int>(layer.hidden);
   at.warp = threadIdx.x / 32, at.lane = threadIdx.x % 32;
   at.g = at.lane / 4, at.c = at.lane % 4;
   at.rank = cluster_rank();
   at.row0 = static_cast<int>(blockIdx.x / kCluster) * rows;
+  at.steps = longest_from(layer, at.row0);
   at.block_unit0 = static_cast<int>(at.rank) * kUnits;
   return at;
 }
@@ -138,7 +140,7 @@ struct InputStream {
   const char* source;  // of the next step to fetch
   int64_t source_step;
   uint32_t target;  // in the ring's first step
-  int steps;        // of the sequence
+  int steps;        // of the row's sequence
   bool copies;      // or the thread has no share
 
   // Steps are fetched in order.
@@ -247,27 +249,27 @@ struct HiddenOutput {
   char* target;  // of the next step, from `unit` on
   int64_t target_step;
   bool is_float;
-  bool stored;
+  int steps;  // that are stored
 
   __device__ __forceinline__ HiddenOutput(const PersistentForward& p, const Row& row, int unit,
                                           bool in_range)
-      : stored(row.valid && in_range) {
+      : steps(in_range ? row.stored_steps() : 0) {
     const Sequence h = h_sequence(p.layer, p.h);
-    target = const_cast<char*>(
-        h.at(p.layer, row, 0, row.direction * static_cast<int>(p.layer.hidden) + unit));
+    target =
+        const_cast<char*>(h.at(row, 0, row.direction * static_cast<int>(p.layer.hidden) + unit));
     target_step = h.step_bytes(row);
     is_float = h.is_float();
   }
 
-  // By the lane of the unit.
-  __device__ __forceinline__ void store_float(float h) {
-    if (stored) *reinterpret_cast<float*>(target) = h;
+  // Of step n, by the lane of the unit. Steps are stored in order.
+  __device__ __forceinline__ void store_float(int n, float h) {
+    if (n < steps) *reinterpret_cast<float*>(target) = h;
     target += target_step;
   }
   // T: the 16-bit type, if it is one.
   template <class T>
-  __device__ __forceinline__ void store(float h) {
-    if (stored) {
+  __device__ __forceinline__ void store(int n, float h) {
+    if (n < steps) {
       if (is_float)
         *reinterpret_cast<float*>(target) = h;
       else
@@ -280,16 +282,15 @@ struct HiddenOutput {
 struct RhoOutput {
   float* target;  // of the next step
   int target_step;
-  bool stored;
+  int steps;  // that are stored
 
   __device__ __forceinline__ RhoOutput(const PersistentForward& p, const Row& row, bool chosen)
-      : target_step(row.direction ? -1 : 1), stored(chosen && row.valid) {
-    const int steps = static_cast<int>(p.layer.time);
+      : target_step(row.direction ? -1 : 1), steps(chosen ? row.stored_steps() : 0) {
     target = nullptr;
-    if (stored) target = p.rho + int64_t{row.index} * steps + p.layer.time_of(row.index, 0);
+    if (steps > 0) target = p.rho + row.index * p.layer.time + row.time_of(0);
   }
-  __device__ __forceinline__ void store(float rho) {
-    if (stored) {
+  __device__ __forceinline__ void store(int n, float rho) {
+    if (n < steps) {
       *target = rho;
       target += target_step;
     }

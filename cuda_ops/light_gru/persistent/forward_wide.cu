@@ -260,9 +260,9 @@ struct Input {
     const int gate = threadIdx.x / pieces / kWideWarps % 2;
     const int local_row = threadIdx.x / pieces / kWideWarps / 2;
     const Row row = locate_row(layer, at.row0 + local_row % kWideRows);
-    stream.steps = at.steps;
+    stream.steps = row.length;
     stream.copies = local_row < kWideRows && at.block_unit0 + section * 8 < at.hidden_size;
-    stream.source = wx.at(layer, row, 0, gate * at.hidden_size + at.block_unit0 + section * 8) +
+    stream.source = wx.at(row, 0, gate * at.hidden_size + at.block_unit0 + section * 8) +
                     threadIdx.x % pieces * 16;
     stream.source_step = wx.step_bytes(row);
     stream.target =
@@ -335,7 +335,7 @@ struct LateOutput {
     }
   }
   __device__ __forceinline__ void store(int t, uint32_t words) {
-    if (output.stored) {
+    if (t < output.steps) {
       if (output.is_float)
         *reinterpret_cast<float2*>(output.target) =
             load_float2(state_load + t % 2 * sizeof(Shared<G>::states[0]));
@@ -356,6 +356,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   auto& shared = *reinterpret_cast<Shared<G>*>(shared_bytes);
   const Recurrence& layer = p.layer;
   const Position at = locate_thread<kWideCluster, kWideUnits>(layer, kWideRows);
+  if (at.steps == 0) return;       // no sequence of the cluster has any
   const int local_row = 2 * at.c;  // and 2c + 1
   const int unit = at.block_unit0 + at.warp * 8 + at.g;
   const bool in_range = at.block_unit0 + at.warp * 8 < at.hidden_size;
@@ -419,7 +420,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     sender.set(state[0].h, state[1].h);
     sender.send_early(t + 1);
     late.keep(state, t);
-    rho_output.store((at.g & 1) ? rho[1] : rho[0]);
+    rho_output.store(t, (at.g & 1) ? rho[1] : rho[0]);
     copy_async_wait<kRingSteps - 3>();
     wx.stream.fetch_group(t + kRingSteps - 1);
   }

@@ -153,10 +153,10 @@ struct Input {
     const int section = threadIdx.x / 2 % kWideWarps, gate = threadIdx.x / 16 % 2;
     const int local_row = threadIdx.x / 32;
     const Row row = locate_row(layer, at.row0 + local_row);
-    stream.steps = at.steps;
+    stream.steps = row.length;
     stream.copies = at.block_unit0 + section * 8 < at.hidden_size;
-    stream.source = wx.at(layer, row, 0, gate * at.hidden_size + at.block_unit0 + section * 8) +
-                    threadIdx.x % 2 * 16;
+    stream.source =
+        wx.at(row, 0, gate * at.hidden_size + at.block_unit0 + section * 8) + threadIdx.x % 2 * 16;
     stream.source_step = wx.step_bytes(row);
     stream.target = ring + section_of(local_row, gate, section) + threadIdx.x % 2 * 16;
     load_address = ring + section_of(2 * at.c, 0, at.warp) + at.g * 4;
@@ -224,7 +224,7 @@ struct LateOutput {
           state[i].h);
   }
   __device__ __forceinline__ void store(int t) {
-    if (output.stored)
+    if (t < output.steps)
       *reinterpret_cast<float2*>(output.target) =
           load_float2(state_load + t % 2 * sizeof(Shared<G>::states[0]));
     output.target += output.target_step;
@@ -240,6 +240,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   auto& shared = *reinterpret_cast<Shared<G>*>(shared_bytes);
   const Recurrence& layer = p.layer;
   const Position at = locate_thread<kWideCluster, kWideUnits>(layer, kWideRows);
+  if (at.steps == 0) return;       // no sequence of the cluster has any
   const int local_row = 2 * at.c;  // and 2c + 1
   const int unit = at.block_unit0 + at.warp * 8 + at.g;
   const bool in_range = at.block_unit0 + at.warp * 8 < at.hidden_size;
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 
     sender.send_hidden(state, t + 1);
     late.keep(state, t);
-    rho_output.store((at.g & 1) ? rho[1] : rho[0]);
+    rho_output.store(t, (at.g & 1) ? rho[1] : rho[0]);
   }
   arrivals.wait_for_last_hidden(at.steps);
   __syncthreads();  // states

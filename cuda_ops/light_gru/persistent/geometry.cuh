@@ -31,17 +31,39 @@ struct Row {
   int index;      // row of the state, h0, drop_mask, rho
   int batch;      // batch entry
   int direction;  // 0 forward, 1 backward in time
+  int length;     // steps of its sequence
   bool valid;     // false: repeats the last row, its results are not stored
+
+  // True time of step n.
+  __device__ __forceinline__ int64_t time_of(int64_t n) const {
+    return direction ? length - 1 - n : n;
+  }
+  // Steps whose results are stored.
+  __device__ __forceinline__ int stored_steps() const { return valid ? length : 0; }
 };
 
-__device__ __forceinline__ Row locate_row(const Recurrence& layer, int index) {
+__device__ __forceinline__ Row row_of_layer(const Recurrence& layer, int index) {
   Row row;
-  const int rows = static_cast<int>(layer.rows()), batch = static_cast<int>(layer.batch);
-  row.valid = index < rows;
-  row.index = row.valid ? index : rows - 1;
-  row.direction = row.index >= batch;
-  row.batch = row.index - row.direction * batch;
+  const int batch = static_cast<int>(layer.batch);
+  row.index = index;
+  row.direction = index >= batch;
+  row.batch = index - row.direction * batch;
+  row.length = static_cast<int>(layer.length_of(index));
+  row.valid = true;
   return row;
+}
+
+// The row that the time loops serve as number `slot`: see Recurrence::order.
+__device__ __forceinline__ Row locate_row(const Recurrence& layer, int slot) {
+  const int rows = static_cast<int>(layer.rows());
+  Row row = row_of_layer(layer, static_cast<int>(layer.row_at(min(slot, rows - 1))));
+  row.valid = slot < rows;
+  return row;
+}
+
+// Steps of the longest sequence of those from `slot` on.
+__device__ __forceinline__ int longest_from(const Recurrence& layer, int slot) {
+  return locate_row(layer, slot).length;
 }
 
 // [B, T, n] with unit stride along n.
@@ -53,10 +75,8 @@ struct Sequence {
   __device__ __forceinline__ bool is_float() const { return type == DType::kFloat32; }
   __device__ __forceinline__ int bytes() const { return is_float() ? 4 : 2; }
   // Address of [row, true time of step n, unit].
-  __device__ __forceinline__ const char* at(const Recurrence& layer, const Row& row, int64_t n,
-                                            int unit) const {
-    const int64_t element =
-        row.batch * batch_stride + layer.time_of(row.index, n) * time_stride + unit;
+  __device__ __forceinline__ const char* at(const Row& row, int64_t n, int unit) const {
+    const int64_t element = row.batch * batch_stride + row.time_of(n) * time_stride + unit;
     return static_cast<const char*>(data) + element * bytes();
   }
   // Bytes from the element of step n to that of step n + 1.

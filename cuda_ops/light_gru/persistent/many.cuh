@@ -24,13 +24,14 @@ __device__ __forceinline__ Row locate_row(const Recurrence& layer, int row0, int
   return row;
 }
 
-// One row of a sequence or of an array of the chunk: step n at data + n * step_bytes; null for a
-// row that the cluster does not have. Kept in shared memory, a table per array, for want of
-// registers.
+// One row of a sequence or of an array of the chunk: step n at data + n * step_bytes. Kept in shared
+// memory, a table per array, for want of registers.
 struct RowStream {
   const char* data;
   int64_t step_bytes;
+  int first, end;  // of the steps that it has: none of a row that the cluster does not have
 
+  __device__ __forceinline__ bool has(int n) const { return n >= first && n < end; }
   __device__ __forceinline__ const char* at(int n) const { return data + n * step_bytes; }
 };
 

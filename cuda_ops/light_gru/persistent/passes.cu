@@ -72,7 +72,7 @@ __host__ __device__ inline int64_t row_steps(const PersistentBackward& p) {
   return p.layer.rows() * p.count;
 }
 
-// h_previous[row, n] = h[row, n - 1], or h0, in the operand type.
+// h_previous[row, n] = h[row, n - 1], or h0, in the operand type; zeros beyond a sequence's end.
 template <class T>
 __global__ void __launch_bounds__(kPassThreads)
     gather_kernel(const __grid_constant__ PersistentBackward p) {
@@ -83,18 +83,18 @@ __global__ void __launch_bounds__(kPassThreads)
   const int64_t row_step = i / vectors;
   if (row_step >= row_steps(p)) return;
   const int unit = static_cast<int>(i % vectors) * kVector;
-  const Row row = locate_row(layer, static_cast<int>(row_step / count));
+  const Row row = row_of_layer(layer, static_cast<int>(row_step / count));
   const int64_t n = p.first + static_cast<int>(row_step % count);
-  float h[kVector];
-  if (n > 0)
-    load<T>(layer.output_type,
-            h_sequence(layer, p.h).at(layer, row, n - 1, row.direction * hidden + unit), h);
-  else
+  float h[kVector] = {};
+  if (n > 0 && n < row.length)
+    load<T>(layer.output_type, h_sequence(layer, p.h).at(row, n - 1, row.direction * hidden + unit),
+            h);
+  else if (n == 0)
     load_or(layer.h0, int64_t{row.index} * hidden + unit, 0.f, h);
   store(static_cast<T*>(p.h_previous) + i * kVector, h);
 }
 
-// Coefficients of the linear recurrence; zero where a unit is padding.
+// Coefficients of the linear recurrence; zero where a unit or step is padding.
 template <class T, bool kLayerNorm>
 __global__ void __launch_bounds__(kPassThreads)
     prepare_kernel(const __grid_constant__ PersistentBackward p, int padded) {
@@ -107,14 +107,14 @@ __global__ void __launch_bounds__(kPassThreads)
   const int unit = static_cast<int>(i % vectors) * kVector;
   constexpr int kStreams = kCoefficientStreams<kLayerNorm>;
   float out[kStreams][kVector] = {};
-  if (unit < hidden) {
-    const Row row = locate_row(layer, static_cast<int>(row_step / count));
-    const int64_t n = p.first + static_cast<int>(row_step % count);
+  const Row row = row_of_layer(layer, static_cast<int>(row_step / count));
+  const int64_t n = p.first + static_cast<int>(row_step % count);
+  if (unit < hidden && n < row.length) {
     const float* projection = p.projection + row_step * (kLayerNorm ? 3 : 2) * hidden + unit;
     float wx_a[kVector], wx_z[kVector], r_a[kVector], r_z[kVector], mask[kVector], h[kVector];
     float gamma_a[kVector], gamma_z[kVector], beta_a[kVector], beta_z[kVector], v[kVector];
-    load<T>(layer.wx_type, wx_sequence(layer).at(layer, row, n, unit), wx_a);
-    load<T>(layer.wx_type, wx_sequence(layer).at(layer, row, n, hidden + unit), wx_z);
+    load<T>(layer.wx_type, wx_sequence(layer).at(row, n, unit), wx_a);
+    load<T>(layer.wx_type, wx_sequence(layer).at(row, n, hidden + unit), wx_z);
     load(projection, r_a);
     load(projection + hidden, r_z);
     load_or(layer.drop_mask, int64_t{row.index} * hidden + unit, 1.f, mask);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kPassThreads)
       load_or(layer.ln_weight, hidden + unit, 1.f, gamma_z);
       load_or(layer.ln_bias, unit, 0.f, beta_a);
       load_or(layer.ln_bias, hidden + unit, 0.f, beta_z);
-      rho = p.rho[row.index * layer.time + layer.time_of(row.index, n)];
+      rho = p.rho[row.index * layer.time + row.time_of(n)];
     }
 #pragma unroll
     for (int j = 0; j < kVector; j++) {
@@ -168,7 +168,7 @@ __global__ void finish_kernel(const __grid_constant__ PersistentBackward p, int 
   const Recurrence& layer = p.layer;
   const int hidden = static_cast<int>(layer.hidden), count = static_cast<int>(p.count);
   const int segments = (count + kSegment - 1) / kSegment;
-  const Row row = locate_row(
+  const Row row = row_of_layer(
       layer, direction * static_cast<int>(layer.batch) + static_cast<int>(blockIdx.x) / segments);
   const int segment = static_cast<int>(blockIdx.x) % segments;
   const int column = static_cast<int>(threadIdx.x) * kVector;
@@ -181,14 +181,18 @@ __global__ void finish_kernel(const __grid_constant__ PersistentBackward p, int 
     const int64_t row_step = int64_t{row.index} * count + k;
     const int64_t n = p.first + k;
     T* dr_row = static_cast<T*>(p.dr) + row_step * 2 * hidden + column;
-    float dwx[kVector], x[kVector];
+    float dwx[kVector] = {}, x[kVector];
+    if (n >= row.length) {
+      store(dr_row, dwx);
+      continue;
+    }
     load(static_cast<const T*>(p.dwx_rows) + (row_step * 2 + gate) * padded + column -
              (gate ? hidden : 0),
          dwx);
     if constexpr (kLayerNorm) {
       float r[kVector], dr[kVector];
       load(p.projection + row_step * 3 * hidden + column, r);
-      const float rho = p.rho[row.index * layer.time + layer.time_of(row.index, n)];
+      const float rho = p.rho[row.index * layer.time + row.time_of(n)];
       const float m2 = p.m2[row_step];
 #pragma unroll
       for (int j = 0; j < kVector; j++) {
@@ -212,10 +216,10 @@ __global__ void finish_kernel(const __grid_constant__ PersistentBackward p, int 
     // launched second) in this one.
     const bool add =
         layer.directions == 2 &&
-        (direction == 0 ? layer.time - 1 - n >= p.first + count : layer.time - 1 - n >= p.first);
+        (direction == 0 ? row.length - 1 - n >= p.first + count : row.length - 1 - n >= p.first);
     const Sequence dwx_sequence =
         contiguous_sequence(layer, p.dwx, layer.wx_type, 2 * layer.hidden);
-    char* to = const_cast<char*>(dwx_sequence.at(layer, row, n, column));
+    char* to = const_cast<char*>(dwx_sequence.at(row, n, column));
     if (add) {
       load<T>(layer.wx_type, to, x);
 #pragma unroll

@@ -4,6 +4,7 @@
 
 #include "light_gru/operand.h"
 #include "light_gru/operator.h"
+#include "light_gru/order.h"
 #include "light_gru/persistent/persistent.h"
 
 namespace sb_fast_sligru {
@@ -26,6 +27,18 @@ Tensor kernel_operand(Kernel kernel, const Tensor& u, Pack pack) {
   return packed;
 }
 
+// Recurrence::order for the time loops; an empty tensor if all sequences are as long.
+inline Tensor rows_by_length(const Inputs& in, cudaStream_t stream) {
+  if (!in.lengths) return new_empty(in.wx, {0}, ScalarType::Int);
+  const Tensor order = new_empty(in.wx, {in.rows()}, ScalarType::Int);
+  check_launch(order_rows(in.recurrence(), order.mutable_data_ptr<int32_t>(), stream));
+  return order;
+}
+
+inline const int32_t* order_pointer(const Tensor& order) {
+  return order.size(0) == 0 ? nullptr : order.const_data_ptr<int32_t>();
+}
+
 // Memory for the messages of a pass.
 inline Tensor exchange_memory(const Inputs& in, const KernelChoice& choice, Direction direction) {
   return new_empty(in.wx, {exchange_bytes(choice, in.recurrence(), direction)}, ScalarType::Byte);
@@ -34,15 +47,17 @@ inline Tensor exchange_memory(const Inputs& in, const KernelChoice& choice, Dire
 inline Outputs persistent_forward(const Inputs& in, const KernelChoice& choice,
                                   cudaStream_t stream) {
   const int64_t R = in.rows(), T = in.time(), H = in.hidden();
-  Tensor h = new_empty(in.wx, {in.batch(), T, in.directions() * H}, in.u.scalar_type());
-  Tensor rho = new_empty(in.wx, {in.layer_norm ? R : 0, T}, ScalarType::Float);
+  Tensor h = in.new_sequence({in.batch(), T, in.directions() * H}, in.u.scalar_type());
+  Tensor rho = in.new_sequence({in.layer_norm ? R : 0, T}, ScalarType::Float);
   if (R == 0 || T == 0) return {h, rho};
   const Tensor u = kernel_operand(
       choice.kernel, recurrent_operand(in, stream),
       [&](const float* centred, void* packed) { return pack_forward(centred, packed, H, stream); });
   const Tensor exchange = exchange_memory(in, choice, Direction::kForward);
+  const Tensor order = rows_by_length(in, stream);
   PersistentForward p = {};
   p.layer = in.recurrence();
+  p.layer.order = order_pointer(order);
   p.u = u.const_data_ptr();
   p.h = h.mutable_data_ptr();
   p.rho = in.layer_norm ? rho.mutable_data_ptr<float>() : nullptr;
@@ -78,7 +93,7 @@ inline Gradients persistent_backward(const Inputs& in, const Saved& saved, Needs
   const Tensor &h = saved.h, &rho = saved.rho;
   const ScalarType fp32 = ScalarType::Float;
   auto nothing = [&] { return new_empty(in.wx, {0}, fp32); };
-  Tensor grad_wx = new_empty(in.wx, {in.batch(), T, 2 * H}, in.wx.scalar_type());
+  Tensor grad_wx = in.new_sequence({in.batch(), T, 2 * H}, in.wx.scalar_type());
   Tensor grad_h0 = new_zeros(in.wx, {R, H}, fp32);
   // Sums over the chunks; the first chunk's part is the first sum.
   const bool empty = R == 0 || T == 0;
@@ -115,6 +130,7 @@ inline Gradients persistent_backward(const Inputs& in, const Saved& saved, Needs
     const Tensor m2 = ln ? buffer(R * chunk, fp32) : nothing();
     const Tensor affine = need_ln ? buffer(affine_partials(R, chunk) * 4 * H, fp32) : nothing();
     const Tensor exchange = exchange_memory(in, choice, Direction::kBackward);
+    const Tensor order = rows_by_length(in, stream);
     auto front = [](Tensor t, int64_t rows, int64_t columns) {
       std::vector<int64_t> sizes{rows, columns};
       return torch::stable::view(torch::stable::narrow(t, 0, 0, rows * columns), sizes);
@@ -122,6 +138,7 @@ inline Gradients persistent_backward(const Inputs& in, const Saved& saved, Needs
 
     PersistentBackward p = {};
     p.layer = in.recurrence();
+    p.layer.order = order_pointer(order);
     p.u = kernel_u.const_data_ptr();
     p.h = h.const_data_ptr();
     p.rho = ln ? rho.const_data_ptr<float>() : nullptr;
