@@ -14,7 +14,7 @@ dropout mask         rows of a table of 16000 masks, drawn    drawn at each call
                      again when the batch size changes
 ===================  =======================================  ===================================
 
-Besides, ``forward`` takes ``lengths``, as SpeechBrain's GRU and LSTM do, which its light GRUs do not.
+Besides, ``forward`` takes ``lengths``, as SpeechBrain's GRU and LSTM do.
 
 A layer whose ``u``, ``act`` or ``layer_norm`` was replaced (an adapter, a quantised or FSDP-wrapped
 ``Linear``) or has hooks (the old ``spectral_norm``) runs SpeechBrain's own loop, which calls them,
@@ -273,8 +273,8 @@ class _LightGRU:
         x : torch.Tensor
             Input, [B, T, F], or [B, T, C, F], whose last two axes are taken as one.
         hx : torch.Tensor
-            Initial hidden states, [layers, R, H], where R is B, or 2B if bidirectional. Zeros if not
-            given.
+            Initial hidden states, [layers, R, H], where R is B, or 2B if bidirectional. Zeros if
+            not given.
         lengths : torch.Tensor
             Lengths of the sequences relative to T, [B], above 0 and at most 1, as SpeechBrain's GRU
             takes them, but rounded to whole steps. What follows a sequence's end is padding: it

@@ -201,9 +201,9 @@ def light_gru(
     ln_weight, ln_bias : torch.Tensor, optional
         [2H], affine part of the recurrent LayerNorm.
     lengths : torch.Tensor, optional
-        [B], integers from 0 to T: steps of each sequence, T if absent. What follows them is padding:
-        it is not read, h is zero there, and the backward direction starts at the sequence's end.
-        On a GPU the values are not checked, for which the host would have to wait, but clamped.
+        [B], integers from 0 to T: steps of each sequence, T if absent. What follows is padding: it
+        is not read, h is zero there, and the backward direction starts at the sequence's end. On a
+        GPU the values are not checked, for which the host would have to wait, but clamped.
     layer_norm : bool
         Normalise U h_{t-1} over its 2H values (SLi-GRU) or not (Li-GRU).
     activation : str

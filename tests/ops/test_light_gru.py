@@ -47,8 +47,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SHAPES = [(1, 1, 1), (3, 7, 12), (5, 2, 33), (1, 31, 64), (4, 9, 130)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-T{}-H{}".format(*s))
 
-# Name -> (layer_norm, affine, with h0, with mask, with lengths). Every option is on in one and off in
-# another.
+# Name -> (layer_norm, affine, with h0, with mask, with lengths). Every option is on in one and off
+# in another.
 OPTIONS = {
     "sligru": (True, False, False, False, False),
     "sligru-h0-mask": (True, False, True, True, False),
@@ -548,7 +548,7 @@ def test_same_bits_from_every_kernel(dtype, shape, option):
 
 
 def each_sequence(arguments, upstream):
-    """The loop's results for every sequence alone, put together as those of the padded batch are."""
+    """The loop's results for every sequence alone, put together as those of the padded batch."""
     batch, time, gates = arguments["wx"].shape
     directions = 2 if arguments["bidirectional"] else 1
     h0, mask = (
