@@ -154,31 +154,30 @@ struct L2Streams {
   static constexpr int kBytes = sizeof(T), kUnitCells = Shape::kUnitCells;
   static constexpr int kStreamBytes = Shape::kCapacity * kBytes;
 
-  int64_t row_step;    // of [R, p.count], of the next step to load
+  int row_step;        // of [R, p.count], of the next step to load
   int entry;           // the step from which on there are grad_h and rho
   const char* grad_h;  // of the lane's first unit
-  int64_t rho_index;
+  int rho_index;
   int onward;  // in time: 1 or -1
 
-  __device__ __forceinline__ void begin(const PersistentBackward& p, const Row& row, int count,
+  __device__ __forceinline__ void begin(const PersistentBackward& p, const Row& row, int k,
                                         int unit) {
-    row_step = last_row_step(p, row, count);
-    entry = entry_step(p, row, count);
-    grad_h = grad_h_stream(p, grad_h_sequence(p), row, count, unit).source;
+    row_step = row_step_at(p, row, k);
+    entry = entry_step(p, row);
+    grad_h = grad_h_stream(p, grad_h_sequence(p), row, k, unit).source;
     onward = row.direction == 1 ? 1 : -1;
-    rho_index = row.index * p.layer.time + row.time_of(p.first + count - 1);
+    rho_index = static_cast<int>(row.index * p.layer.time + row.time_of(p.first + p.count - 1 - k));
   }
 
-  // Loads step k of `count` and moves on, but for row_step. unit: the lane's first. By whole warps.
+  // Loads step k and moves on, but for row_step. unit: the lane's first. By whole warps.
   __device__ __forceinline__ void load_next(const PersistentBackward& p, int lane, int unit, int k,
-                                            int count, bool grad_float,
-                                            const bool (&in_range)[kUnitCells],
+                                            bool grad_float, const bool (&in_range)[kUnitCells],
                                             StepBits (&x)[kUnitCells]) {
     const int streams = p.layer.layer_norm ? kCoefficientStreams<true> : kCoefficientStreams<false>;
     const int step_bytes = streams * kStreamBytes, grad_bytes = grad_float ? 4 : 2;
     const int64_t grad_step = onward * (p.grad_h_time_stride * grad_bytes);
     const char* coefficients =
-        static_cast<const char*>(p.coefficients) + row_step * step_bytes + unit * kBytes;
+        static_cast<const char*>(p.coefficients) + int64_t{row_step} * step_bytes + unit * kBytes;
 #pragma unroll
     for (int u = 0; u < kUnitCells; u++) {
       x[u] = {};
@@ -192,7 +191,7 @@ struct L2Streams {
       }
     }
     // A sector of 32 bytes a lane, four lanes a stream.
-    if (k + kL2Ahead < count) {
+    if (k + kL2Ahead < p.count) {
       const int stream = lane / 4, sector = lane % 4 * 32;
       const char* ahead = coefficients - kL2Ahead * step_bytes + stream * kStreamBytes;
       int bytes = kBytes;
@@ -235,8 +234,8 @@ __device__ __forceinline__ void backward(const L2Wave<PersistentBackward>& wave)
   extern __shared__ __align__(128) uint8_t shared_bytes[];
   const PersistentBackward& p = wave.p;
   const L2Position at(wave, kUnits);
-  const int count = cluster_steps(p, at.row0);
-  if (count == 0) return;
+  const int begin = begin_step(p, at.row0), count = static_cast<int>(p.count);
+  if (begin == count) return;
   const L2Memory memory = {Shape::kMostRows, L2Product<Shape>::kRowMessages, at.blocks};
   char* const exchange = static_cast<char*>(p.exchange) + blockIdx.x / at.blocks * memory.bytes();
   const uint32_t fragments = shared_address(shared_bytes);
@@ -269,8 +268,8 @@ __device__ __forceinline__ void backward(const L2Wave<PersistentBackward>& wave)
 #pragma unroll
   for (int i = 0; i < kRowCells; i++) {
     if (!at.has_row(i)) break;
-    streams[i].begin(p, locate_row(p.layer, at.row0 + at.row_of(i)), count, in_range[0] ? unit : 0);
-    streams[i].load_next(p, at.lane, unit, 0, count, grad_float, in_range, next[i]);
+    streams[i].begin(p, locate_row(p.layer, at.row0 + at.row_of(i)), begin, in_range[0] ? unit : 0);
+    streams[i].load_next(p, at.lane, unit, begin, grad_float, in_range, next[i]);
     streams[i].row_step--;
 #pragma unroll
     for (int u = 0; u < kUnitCells; u++)
@@ -279,7 +278,7 @@ __device__ __forceinline__ void backward(const L2Wave<PersistentBackward>& wave)
   __syncthreads();  // the fragments in shared memory
 
 #pragma unroll 1
-  for (int k = 0; k < count; k++) {
+  for (int k = begin; k < count; k++) {
     const uint32_t step = static_cast<uint32_t>(k) + 1;
     float own[kRowCells][kUnitCells], v[kRowCells][kUnitCells], rho[kRowCells];
     float2 dwx[kRowCells][kUnitCells];  // candidate, gate
@@ -304,13 +303,14 @@ __device__ __forceinline__ void backward(const L2Wave<PersistentBackward>& wave)
     for (int i = 0; i < kRowCells; i++) {
       if (!at.has_row(i)) break;
       rho[i] = streams[i].load_rho(p, k);
-      T* const to = static_cast<T*>(p.dwx_rows) + (streams[i].row_step + 1) * (2 * kPadded) + unit;
+      T* const to =
+          static_cast<T*>(p.dwx_rows) + int64_t{streams[i].row_step + 1} * (2 * kPadded) + unit;
 #pragma unroll
       for (int u = 0; u < kUnitCells; u++)
         if (in_range[u])
           to[32 * u] = narrow<T>(dwx[i][u].x), to[32 * u + kPadded] = narrow<T>(dwx[i][u].y);
       if (k + 1 < count)
-        streams[i].load_next(p, at.lane, unit, k + 1, count, grad_float, in_range, next[i]);
+        streams[i].load_next(p, at.lane, unit, k + 1, grad_float, in_range, next[i]);
     }
 
     product.template run<Shape::Operand::kIsFloat>(

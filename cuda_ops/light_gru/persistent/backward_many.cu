@@ -50,7 +50,8 @@ struct Shared {
   RowSums m2;
   float2 factors[kManyRows];       // rho, -rho m2
   RowStream grad_rows[kManyRows];  // from the block's first unit on
-  int64_t last[kManyRows];         // last_row_step(); -1 for a row that the cluster does not have
+  int last[kManyRows];       // row_step_at() of k = 0; -1 for a row that the cluster does not have
+  int rho_steps[kManyRows];  // from a rho to that of the next step: 1 or -1
 };
 
 static_assert(sizeof(Shared<true>) <= kManySharedBytes);
@@ -138,18 +139,19 @@ struct Streams {
   uint32_t coefficient_load, grad_load, grad_tile_bytes;
 
   // Fills the tables of the rows.
-  __device__ __forceinline__ Streams(const PersistentBackward& p, const WideLane& at, int count,
+  __device__ __forceinline__ Streams(const PersistentBackward& p, const WideLane& at,
                                      Memory& shared)
       : rows(p.choice.rows), block_unit0(at.block_unit0) {
-    const int hidden_size = static_cast<int>(p.layer.hidden);
+    const int hidden_size = static_cast<int>(p.layer.hidden), count = static_cast<int>(p.count);
     const Sequence grad_h = grad_h_sequence(p);
     grad_float = grad_h.is_float();
     for (int i = threadIdx.x; i < kManyRows; i += kWideThreads) {
       const Row row = locate_row(p.layer, at.row0, i, rows);
-      const Stream stream = grad_h_stream(p, grad_h, row, count, block_unit0);
-      shared.last[i] = row.valid ? last_row_step(p, row, count) : -1;
-      shared.grad_rows[i] = {stream.source, stream.step,
-                             row.valid ? entry_step(p, row, count) : count, count};
+      const Stream stream = grad_h_stream(p, grad_h, row, 0, block_unit0);
+      shared.rho_steps[i] = row.direction ? 1 : -1;
+      shared.last[i] = row.valid ? row_step_at(p, row, 0) : -1;
+      shared.grad_rows[i] = {stream.source, stream.step, row.valid ? entry_step(p, row) : count,
+                             count};
     }
     block_units = min(hidden_size - block_unit0, kWideUnits);  // maybe negative
     coefficient_load = shared_address(&shared.streams[at.g][0][(at.warp ^ at.g) * 16 + 4 * at.c]);
@@ -163,12 +165,12 @@ struct Streams {
     for (int i = threadIdx.x; i < rows * kStreams * kWideWarps; i += kWideThreads) {
       const int section = i % kWideWarps, line = i / kWideWarps, stream = line % kStreams;
       const int local_row = line / kStreams;
-      const int64_t last = shared.last[local_row];
+      const int last = shared.last[local_row];
       if (last >= 0)
         copy_async_16(shared_address(&shared.streams[0][0][0]) + line * kLineBytes +
                           (section ^ (local_row & 7)) * 16,
                       static_cast<const T*>(p.coefficients) +
-                          ((last - k) * kStreams + stream) * kWideHidden + block_unit0 +
+                          (int64_t{last - k} * kStreams + stream) * kWideHidden + block_unit0 +
                           section * 8);
     }
     const int grad_pieces = grad_float ? 2 : 1, grad_shift = grad_float ? 1 : 0;  // of 8 units
@@ -228,13 +230,13 @@ struct BlockDwx {
                                         int block_units, const Shared<kLayerNorm>& shared,
                                         int k) const {
     for (int i = at.warp; i < 4 * tiles; i += kWideWarps) {
-      const int64_t last = shared.last[i / 4 * 8 + at.lane % 8];
+      const int last = shared.last[i / 4 * 8 + at.lane % 8];
       const int octet = i % 4 * 4 + at.lane / 8;
       const uint4 x = load_uint4(shared_address(&shared.operand[0][0]) + i / 4 * kOperandTileBytes +
                                  octet * kCoreBytes + at.lane % 8 * 16);
       if (last >= 0 && octet * 4 < block_units) {
-        uint16_t* output = static_cast<uint16_t*>(p.dwx_rows) + (last - k) * 2 * kWideHidden +
-                           at.block_unit0 + octet * 4;
+        uint16_t* output = static_cast<uint16_t*>(p.dwx_rows) +
+                           int64_t{last - k} * 2 * kWideHidden + at.block_unit0 + octet * 4;
         *reinterpret_cast<uint2*>(output) = make_uint2(x.x, x.z);
         *reinterpret_cast<uint2*>(output + kWideHidden) = make_uint2(x.y, x.w);
       }
@@ -252,13 +254,11 @@ struct M2Sum {
   int norm_rows;
   bool stores_term, stores_factors, stores_m2;
   int local_row;
-  int64_t m2_last;
-  const float* rho_input = nullptr;
-  int rho_step, rho_entry;
+  int rho_last;  // index of k = 0
   uint32_t term_store, factor_load;
   float inverse_size;
 
-  __device__ __forceinline__ M2Sum(const PersistentBackward& p, const WideLane& at, int count,
+  __device__ __forceinline__ M2Sum(const PersistentBackward& p, const WideLane& at,
                                    const Arrival& arrival, int norm_rows, int tiles,
                                    const Memory& shared)
       : arrival(arrival), norm_rows(norm_rows), stores_term(at.c == 0) {
@@ -266,10 +266,7 @@ struct M2Sum {
     stores_factors = at.lane % 8 < kManyTiles && local_row < 8 * tiles && at.lane < 8;
     const Row row = locate_row(p.layer, at.row0, local_row, p.choice.rows);
     stores_m2 = kLayerNorm && at.rank == 0 && at.lane < kManyTiles && row.valid;
-    m2_last = last_row_step(p, row, count);
-    if (kLayerNorm) rho_input = reinterpret_cast<const float*>(rho_stream(p, row, count).source);
-    rho_step = row.direction ? 1 : -1;
-    rho_entry = entry_step(p, row, count);
+    rho_last = static_cast<int>(row.index * p.layer.time + row.time_of(p.first + p.count - 1));
     term_store = shared_address(&shared.m2.of_warps[at.warp][at.g]);
     factor_load = shared_address(&shared.factors[at.g]);
     inverse_size = 1.f / static_cast<float>(2 * static_cast<int>(p.layer.hidden));
@@ -287,10 +284,12 @@ struct M2Sum {
     arrival.receive(0, k & 1);
     if constexpr (kLayerNorm) {
       const float m2 = add_row_sums(shared.m2) * inverse_size;
-      const float rho = k >= rho_entry ? *rho_input : 0.f;
-      rho_input += rho_step;
+      const int table_row = min(local_row, kManyRows - 1);
+      float rho = 0.f;
+      if (shared.grad_rows[table_row].has(k))
+        rho = p.rho[rho_last + k * shared.rho_steps[table_row]];
       if (stores_factors) shared.factors[local_row] = make_float2(rho, -rho * m2);
-      if (stores_m2) p.m2[m2_last - k] = m2;
+      if (stores_m2) p.m2[shared.last[local_row] - k] = m2;
     }
   }
   // rho, -rho m2 of tile j's row.
@@ -360,11 +359,11 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   auto& shared = *reinterpret_cast<Shared<kLayerNorm>*>(shared_bytes);
   __shared__ alignas(8) uint64_t barriers[kGroups + 1];
 
-  const int hidden_size = static_cast<int>(p.layer.hidden);
+  const int hidden_size = static_cast<int>(p.layer.hidden), count = static_cast<int>(p.count);
   const int rows = p.choice.rows, tiles = (rows + 7) / 8, norm_rows = kLayerNorm ? 8 * tiles : 0;
   WideLane at(hidden_size, rows);
-  const int count = cluster_steps(p, at.row0);
-  if (count == 0) return;
+  const int begin = begin_step(p, at.row0);
+  if (begin == count) return;
 
   const Arrival carry_arrival = {shared_address(&barriers[0]),
                                  static_cast<uint32_t>(kGroupSlots * tiles * kTileBytes)};
@@ -381,9 +380,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   }
 
   const Weights<T> weights(p, at, shared);
-  Streams<T, kLayerNorm> streams(p, at, count, shared);
+  Streams<T, kLayerNorm> streams(p, at, shared);
   __syncthreads();  // the tables
-  streams.fetch(p, shared, 0);
+  streams.fetch(p, shared, begin);
 
   float2 carry[kManyTiles];
 #pragma unroll
@@ -398,7 +397,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 
   BlockDwx<T> block_dwx(at, tiles, shared);
   PartialCarries<T> partial_carries(at, carry_arrival, tiles, weights.warpgroup, shared);
-  M2Sum<kLayerNorm> m2_sum(p, at, count, m2_arrival, norm_rows, tiles, shared);
+  M2Sum<kLayerNorm> m2_sum(p, at, m2_arrival, norm_rows, tiles, shared);
   pin(m2_sum.inverse_size), pin(streams.coefficient_load), pin(streams.grad_load);
   pin(block_dwx.store_address), pin(partial_carries.receive_address);
   pin(m2_sum.term_store), pin(m2_sum.factor_load);
@@ -408,7 +407,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   cluster_barrier();
 
 #pragma unroll 1
-  for (int k = 0; k < count; k++) {
+  for (int k = begin; k < count; k++) {
     uint32_t v[kManyTiles];
 #pragma unroll
     for (int j = 0; j < kManyTiles; j++) {

@@ -85,9 +85,9 @@ struct Streams {
   uint32_t coefficient_address, grad_address, rho_address;
   bool grad_float;
 
-  __device__ __forceinline__ Streams(const PersistentBackward& p, const Lane<Shape>& at, int count,
+  __device__ __forceinline__ Streams(const PersistentBackward& p, const Lane<Shape>& at, int begin,
                                      const Memory& ring)
-      : count(count) {
+      : count(static_cast<int>(p.count)) {
     const Sequence grad_h = grad_h_sequence(p);
     const int grad_bytes = grad_h.bytes(), grad_pieces = grad_bytes / 2, lane = at.lane;
     const auto& ring0 = ring[0].of_warp[at.warp];
@@ -95,22 +95,20 @@ struct Streams {
     if (lane < kStreams * kRows) {
       const Row row = locate_row(p.layer, at.row0 + lane % kRows);
       copy.stream =
-          coefficient_stream<T, kStreams, Shape::kHidden>(p, row, count, lane / kRows, at.unit0);
-      copy.bytes = 16;
+          coefficient_stream<T, kStreams, Shape::kHidden>(p, row, begin, lane / kRows, at.unit0);
+      copy.entry = entry_step(p, row);
       copy.target += lane * 16;
     } else if (lane < kStreams * kRows + kRows * grad_pieces) {
       const int piece = lane - kStreams * kRows;
       const Row row = locate_row(p.layer, at.row0 + piece / grad_pieces);
-      copy.stream = grad_h_stream(p, grad_h, row, count, at.unit0);
-      copy.entry = entry_step(p, row, count);
+      copy.stream = grad_h_stream(p, grad_h, row, begin, at.unit0);
       copy.stream.source += piece % grad_pieces * 16;
-      copy.bytes = at.in_range ? 16 : 0;
+      copy.entry = at.in_range ? entry_step(p, row) : kNever;
       copy.target += kGradOffset + piece * 16;
     } else if (kLayerNorm && lane >= 32 - kRows) {
       const Row row = locate_row(p.layer, at.row0 + lane % kRows);
-      copy.stream = rho_stream(p, row, count);
-      copy.entry = entry_step(p, row, count);
-      copy.bytes = 4;
+      copy.stream = rho_stream(p, row, begin);
+      copy.entry = entry_step(p, row);
       copy.target += kRhoOffset + lane % kRows * 4;
     }
     coefficient_address = shared_address(&ring0[at.row * 16 + at.warp_unit * sizeof(T)]);
@@ -342,10 +340,10 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
   __shared__ alignas(16) typename Streams<Shape>::Memory ring;
   __shared__ alignas(8) uint64_t barriers[4];
 
-  const int hidden_size = static_cast<int>(p.layer.hidden);
+  const int hidden_size = static_cast<int>(p.layer.hidden), count = static_cast<int>(p.count);
   const Lane<Shape> at(hidden_size);
-  const int count = cluster_steps(p, at.row0);
-  if (count == 0) return;
+  const int begin = begin_step(p, at.row0);
+  if (begin == count) return;
 
   const Arrival carry_arrival = {shared_address(&barriers[0]), Carries::kTraffic};
   const Arrival m2_arrival = {shared_address(&barriers[2]), M2Sum<Shape>::kTraffic};
@@ -354,22 +352,22 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
   const Carries partial_carries(p, at, partial, carry_arrival);
   const BlockDwx<Shape> block_dwx(at, operand);
   const M2Sum<Shape> m2_sum(hidden_size, at, m2_sums, m2_terms, m2_arrival);
-  Streams<Shape> streams(p, at, count, ring);
+  Streams<Shape> streams(p, at, begin, ring);
 #pragma unroll
-  for (int k = 0; k < kRingSteps - 1; k++) streams.fetch(k);
-  typename Streams<Shape>::Input next = streams.load(0);
+  for (int k = 0; k < kRingSteps - 1; k++) streams.fetch(begin + k);
+  typename Streams<Shape>::Input next = streams.load(begin);
 
   const Row row = locate_row(p.layer, at.row0 + at.row);
   float* const state = p.carry + int64_t{row.index} * hidden_size + at.unit;
   float carry = at.in_range ? *state : 0.f;
-  int64_t row_step = last_row_step(p, row, count);
-  DwxOutput<uint16_t, Shape::kHidden> output(p, row, count, at.unit, at.in_range);
+  int row_step = row_step_at(p, row, begin);
+  DwxOutput<uint16_t, Shape::kHidden> output(p, row, begin, at.unit, at.in_range);
   const bool stores_m2 =
       kLayerNorm && at.rank == 0 && at.warp == 0 && at.c == 0 && at.g % 2 == 0 && row.valid;
   cluster_barrier();
 
 #pragma unroll 1
-  for (int k = 0; k < count; k++) {
+  for (int k = begin; k < count; k++) {
     const Turn turn(k);
     const auto now = next;
     const float d = now.grad_h + carry;

@@ -74,9 +74,9 @@ struct Streams {
   PieceCopy<kLayerNorm> copy;
   uint32_t stream_address, rho_address;
 
-  __device__ __forceinline__ Streams(const PersistentBackward& p, const Lane& at, int count,
+  __device__ __forceinline__ Streams(const PersistentBackward& p, const Lane& at, int begin,
                                      const Memory& ring)
-      : count(count) {
+      : count(static_cast<int>(p.count)) {
     const int piece = threadIdx.x;
     copy.target = shared_address(&ring[0][0]);
     if (piece < kRhoPiece) {
@@ -84,20 +84,18 @@ struct Streams {
       const int piece_unit = at.block_unit0 + piece % kRowPieces * 4;
       const Row row = locate_row(p.layer, at.row0 + piece_row);
       copy.target += stream * kStreamBytes + piece_row * kRowBytes + piece % kRowPieces * 16;
-      copy.bytes = 16;
+      copy.entry = entry_step(p, row);
       if (stream < kStreams) {
         copy.stream =
-            coefficient_stream<float, kStreams, kHidden>(p, row, count, stream, piece_unit);
+            coefficient_stream<float, kStreams, kHidden>(p, row, begin, stream, piece_unit);
       } else {
-        copy.stream = grad_h_stream(p, grad_h_sequence(p), row, count, piece_unit);
-        copy.entry = entry_step(p, row, count);
-        if (piece_unit >= static_cast<int>(p.layer.hidden)) copy.bytes = 0;
+        copy.stream = grad_h_stream(p, grad_h_sequence(p), row, begin, piece_unit);
+        if (piece_unit >= static_cast<int>(p.layer.hidden)) copy.entry = kNever;
       }
     } else if (kLayerNorm && piece < kRhoPiece + kRows) {
       const Row row = locate_row(p.layer, at.row0 + piece - kRhoPiece);
-      copy.stream = rho_stream(p, row, count);
-      copy.entry = entry_step(p, row, count);
-      copy.bytes = 4;
+      copy.stream = rho_stream(p, row, begin);
+      copy.entry = entry_step(p, row);
       copy.target += kRhoOffset + (piece - kRhoPiece) * 4;
     }
     stream_address = shared_address(&ring[0][at.row * kRowBytes + at.block_unit * 4]);
@@ -397,28 +395,28 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   __shared__ alignas(16) typename Inputs::Memory ring;
   __shared__ alignas(8) uint64_t barriers[4];
 
-  const int hidden_size = static_cast<int>(p.layer.hidden);
+  const int hidden_size = static_cast<int>(p.layer.hidden), count = static_cast<int>(p.count);
   const Lane at(p, kCluster);
-  const int count = cluster_steps(p, at.row0);
-  if (count == 0) return;
+  const int begin = begin_step(p, at.row0);
+  if (begin == count) return;
   const Arrival carry_arrival = {shared_address(&barriers[0]), Carries::traffic(at.rows)};
   const Arrival m2_arrival = {shared_address(&barriers[2]), M2::traffic(at.rows)};
   begin_arrivals<kFloatThreads, kLayerNorm>(carry_arrival, m2_arrival, ring);
 
   Carries partial_carries(p, at, partial, carry_arrival);
   const M2 m2_sum(hidden_size, at, m2_sums, m2_terms, m2_arrival);
-  Inputs streams(p, at, count, ring);
+  Inputs streams(p, at, begin, ring);
 #pragma unroll
-  for (int k = 0; k < kRingSteps - 1; k++) streams.fetch(k);
+  for (int k = 0; k < kRingSteps - 1; k++) streams.fetch(begin + k);
   streams.wait();
   __syncthreads();
-  auto next = streams.load(0);
+  auto next = streams.load(begin);
 
   const Row row = locate_row(p.layer, at.row0 + at.row);
-  DwxOutput<float, kHidden> output(p, row, count, at.unit, at.owns && at.in_use && at.in_range);
+  DwxOutput<float, kHidden> output(p, row, begin, at.unit, at.owns && at.in_use && at.in_range);
 
   float carry = at.in_range ? p.carry[int64_t{row.index} * hidden_size + at.unit] : 0.f;
-  const int64_t row_last = last_row_step(p, row, count);
+  const int row_last = row_step_at(p, row, 0);
   const bool stores_m2 = kLayerNorm && at.rank == 0 && at.warp == 0 && at.c == 0 && at.g % 2 == 0 &&
                          row.valid && at.in_use;
   BlockDwx block_dwx(at, operand, inverse_scale);
@@ -426,7 +424,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   cluster_barrier();
 
 #pragma unroll 1
-  for (int k = 0; k < count; k++) {
+  for (int k = begin; k < count; k++) {
     const Turn turn(k);
     const auto now = next;
     float d = 0.f, dwx_a = 0.f, dwx_z = 0.f;

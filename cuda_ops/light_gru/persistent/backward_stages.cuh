@@ -37,27 +37,28 @@ struct WideLane {
 };
 
 // ---- steps
-// Those of the chunk that a cluster takes whose rows begin with `slot`: from the last of its longest
-// sequence, k = 0, to the chunk's first. A shorter sequence enters later. Until then its
-// coefficients are zeros (prepare_backward's), grad_h and rho count as zeros, unread, and its carry
-// stays zero.
-__device__ __forceinline__ int cluster_steps(const PersistentBackward& p, int slot) {
-  const int longest = longest_from(p.layer, slot) - static_cast<int>(p.first);
-  return max(min(longest, static_cast<int>(p.count)), 0);
+// k counts them from the chunk's last one. A row enters where its sequence ends. Until then its
+// coefficients, grad_h and rho count as zeros, unread, and its carry stays zero.
+__device__ __forceinline__ int entry_step(const PersistentBackward& p, const Row& row) {
+  return max(static_cast<int>(p.first + p.count) - row.length, 0);
+}
+constexpr int kNever = 0x7fffffff;  // an entry_step() of what does not exist
+
+// The k at which a cluster begins whose rows are those from `slot` on: some steps, at most, before the
+// first of them enters, since buffers and parities of messages come round every fourth. p.count if none
+// enters in this chunk.
+__device__ __forceinline__ int begin_step(const PersistentBackward& p, int slot) {
+  const int entry = entry_step(p, locate_row(p.layer, slot)), count = static_cast<int>(p.count);
+  return entry < count ? entry / 4 * 4 : count;
 }
 
-// The k at which a row enters, where its cluster takes `count` steps.
-__device__ __forceinline__ int entry_step(const PersistentBackward& p, const Row& row, int count) {
-  return max(static_cast<int>(p.first) + count - row.length, 0);
+// Where step k of a row lies in an array [R, p.count], which has far less than 2^31 of them: a chunk
+// takes a GiB at most (sweep.h).
+__device__ __forceinline__ int row_step_at(const PersistentBackward& p, const Row& row, int k) {
+  return (row.index + 1) * static_cast<int>(p.count) - 1 - k;
 }
 
-// Where step k = 0 of a row lies in an array [R, p.count].
-__device__ __forceinline__ int64_t last_row_step(const PersistentBackward& p, const Row& row,
-                                                 int count) {
-  return row.index * p.count + count - 1;
-}
-
-// ---- streams: the inputs of every step, from k = 0 on
+// ---- streams: the inputs of every step, from step `k` on
 // One of them, of one row: where it is read next, and the bytes from a step to the one before.
 struct Stream {
   const char* source = nullptr;
@@ -67,9 +68,9 @@ struct Stream {
 // Coefficient `stream` of a unit. kHidden: padded.
 template <class T, int kStreams, int kHidden>
 __device__ __forceinline__ Stream coefficient_stream(const PersistentBackward& p, const Row& row,
-                                                     int count, int stream, int unit) {
+                                                     int k, int stream, int unit) {
   const int64_t step = -static_cast<int64_t>(sizeof(T)) * kStreams * kHidden;
-  return {static_cast<const char*>(p.coefficients) - last_row_step(p, row, count) * step +
+  return {static_cast<const char*>(p.coefficients) - int64_t{row_step_at(p, row, k)} * step +
               (stream * kHidden + unit) * sizeof(T),
           step};
 }
@@ -80,34 +81,34 @@ __device__ __forceinline__ Sequence grad_h_sequence(const PersistentBackward& p)
 
 // grad_h of a unit of the row's direction.
 __device__ __forceinline__ Stream grad_h_stream(const PersistentBackward& p, const Sequence& grad_h,
-                                                const Row& row, int count, int unit) {
+                                                const Row& row, int k, int unit) {
   const int hidden_size = static_cast<int>(p.layer.hidden);
-  return {grad_h.at(row, p.first + count - 1, row.direction * hidden_size + unit),
+  return {grad_h.at(row, p.first + p.count - 1 - k, row.direction * hidden_size + unit),
           -grad_h.step_bytes(row)};
 }
 
-__device__ __forceinline__ Stream rho_stream(const PersistentBackward& p, const Row& row,
-                                             int count) {
+__device__ __forceinline__ Stream rho_stream(const PersistentBackward& p, const Row& row, int k) {
   return {reinterpret_cast<const char*>(p.rho + row.index * p.layer.time +
-                                        row.time_of(p.first + count - 1)),
+                                        row.time_of(p.first + p.count - 1 - k)),
           row.direction ? 4 : -4};
 }
 
 // A piece of a stream that a thread copies in every step, into a ring of kRingSteps places in
-// shared memory.
+// shared memory: 16 bytes or, of rho, whose steps alone are no multiples of that, 4.
 template <bool kLayerNorm>
 struct PieceCopy {
   Stream stream;
-  int bytes = 0;    // 16, 4 (of rho) or none
-  int entry = 0;    // the step from which on there is one
-  uint32_t target;  // in the ring's first place
+  int entry = kNever;  // the step from which on there is a piece
+  uint32_t target;     // in the ring's first place
 
   // To be called for every k in turn.
   __device__ __forceinline__ void fetch(int k, int count, uint32_t ring_bytes) {
     const uint32_t to = target + k % kRingSteps * ring_bytes;
     if (k >= entry && k < count) {
-      if (bytes == 16) copy_async_16(to, stream.source);
-      if (kLayerNorm && bytes == 4) copy_async_4(to, stream.source);
+      if (kLayerNorm && stream.step % 16 != 0)
+        copy_async_4(to, stream.source);
+      else
+        copy_async_16(to, stream.source);
     }
     stream.source += stream.step;
     copy_async_commit();
@@ -129,16 +130,16 @@ struct StepInput {
 };
 
 // ---- dwx
-// dwx of a lane's unit and row, stored from k = 0 on. kHidden: padded.
+// dwx of a lane's unit and row, stored from step k on. kHidden: padded.
 template <class T, int kHidden>
 struct DwxOutput {
   T* target;  // of the next step
   bool stored;
 
-  __device__ __forceinline__ DwxOutput(const PersistentBackward& p, const Row& row, int count,
-                                       int unit, bool in_range)
+  __device__ __forceinline__ DwxOutput(const PersistentBackward& p, const Row& row, int k, int unit,
+                                       bool in_range)
       : stored(row.valid && in_range) {
-    target = static_cast<T*>(p.dwx_rows) + last_row_step(p, row, count) * 2 * kHidden + unit;
+    target = static_cast<T*>(p.dwx_rows) + int64_t{row_step_at(p, row, k)} * 2 * kHidden + unit;
   }
   __device__ __forceinline__ void store(T a, T z) {
     if (stored) {

@@ -199,8 +199,6 @@ struct Streams {
   static constexpr int kCoefficientPieces = kStreams * kWideRows * kWideWarps;
   using Input = StepInput<float2, kLayerNorm>;
 
-  static constexpr int kNever = 0x7fffffff;
-
   int count;
   Stream stream[2];
   uint32_t copy_target[2];
@@ -208,9 +206,9 @@ struct Streams {
   uint32_t coefficient_address, grad_address, rho_address;
   bool grad_float;
 
-  __device__ __forceinline__ Streams(const PersistentBackward& p, const WideLane& at, int count,
+  __device__ __forceinline__ Streams(const PersistentBackward& p, const WideLane& at, int begin,
                                      const Shared<kLayerNorm>& shared)
-      : count(count), rho_entry(kNever) {
+      : count(static_cast<int>(p.count)), rho_entry(kNever) {
     const int hidden_size = static_cast<int>(p.layer.hidden);
     const Sequence grad_h = grad_h_sequence(p);
     const int grad_bytes = grad_h.bytes(), grad_pieces = grad_bytes / 2;  // pieces of 8 units
@@ -223,7 +221,7 @@ struct Streams {
         const int section = piece % kWideWarps, line = piece / kWideWarps;
         const int local_row = line % kWideRows;
         stream[i] = coefficient_stream<T, kStreams, kWideHidden>(
-            p, locate_row(p.layer, at.row0 + local_row), count, line / kWideRows,
+            p, locate_row(p.layer, at.row0 + local_row), begin, line / kWideRows,
             at.block_unit0 + section * 8);
         entry[i] = 0;
         copy_target[i] += line * kLineBytes + (section ^ local_row) * 16;
@@ -231,16 +229,16 @@ struct Streams {
         const int j = piece - kCoefficientPieces, sub = j % grad_pieces;
         const int section = j / grad_pieces % kWideWarps, local_row = j / grad_pieces / kWideWarps;
         const Row row = locate_row(p.layer, at.row0 + local_row);
-        stream[i] = grad_h_stream(p, grad_h, row, count, at.block_unit0 + section * 8);
+        stream[i] = grad_h_stream(p, grad_h, row, begin, at.block_unit0 + section * 8);
         stream[i].source += sub * 16;
-        if (at.block_unit0 + section * 8 < hidden_size) entry[i] = entry_step(p, row, count);
+        if (at.block_unit0 + section * 8 < hidden_size) entry[i] = entry_step(p, row);
         copy_target[i] +=
             kGradOffset +
             ((local_row * kWideWarps + (section ^ local_row)) * grad_pieces + sub) * 16;
       } else if (kLayerNorm && piece >= 2 * kWideThreads - kWideRows) {
         const Row row = locate_row(p.layer, at.row0 + piece % kWideRows);
-        stream[i] = rho_stream(p, row, count);
-        rho_entry = entry_step(p, row, count);
+        stream[i] = rho_stream(p, row, begin);
+        rho_entry = entry_step(p, row);
         copy_target[i] += kRhoOffset + piece % kWideRows * 4;
       }
     }
@@ -287,11 +285,10 @@ struct BlockDwx {
 
   uint32_t store_address, load_address, output_address;
   bool stored;
-  int64_t output_last;
-  int output_unit;
+  int output_last, output_unit;
 
   template <bool kLayerNorm>
-  __device__ __forceinline__ BlockDwx(const PersistentBackward& p, const WideLane& at, int count,
+  __device__ __forceinline__ BlockDwx(const PersistentBackward& p, const WideLane& at,
                                       const Shared<kLayerNorm>& shared)
       : store_address(shared_address(&shared.operand[0][at.warp][at.g * 32 + at.c * 8])),
         load_address(shared_address(&shared.operand[0][0][at.g * 32 + at.c * 8])),
@@ -300,7 +297,7 @@ struct BlockDwx {
     const Row row = locate_row(p.layer, at.row0 + at.warp);
     output_unit = at.block_unit0 + 2 * at.lane;
     stored = row.valid && output_unit < static_cast<int>(p.layer.hidden);
-    output_last = last_row_step(p, row, count);
+    output_last = row_step_at(p, row, 0);
   }
 
   __device__ __forceinline__ void store(const Turn& turn, float2 a, float2 z) const {
@@ -316,7 +313,7 @@ struct BlockDwx {
     if (!stored) return;
     const uint2 words = load_uint2(output_address + turn.buffer * kBufferBytes);
     uint16_t* output =
-        static_cast<uint16_t*>(dwx_rows) + (output_last - k) * 2 * kWideHidden + output_unit;
+        static_cast<uint16_t*>(dwx_rows) + int64_t{output_last - k} * 2 * kWideHidden + output_unit;
     *reinterpret_cast<uint32_t*>(output) = words.x;
     *reinterpret_cast<uint32_t*>(output + kWideHidden) = words.y;
   }
@@ -422,10 +419,10 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<kLayerNorm>*>(shared_bytes);
 
-  const int hidden_size = static_cast<int>(p.layer.hidden);
+  const int hidden_size = static_cast<int>(p.layer.hidden), count = static_cast<int>(p.count);
   const WideLane at(hidden_size);
-  const int count = cluster_steps(p, at.row0);
-  if (count == 0) return;
+  const int begin = begin_step(p, at.row0);
+  if (begin == count) return;
   const Arrival carry_arrival = {shared_address(&shared.barriers[0]), kCarryTraffic};
   const Arrival m2_arrival = {shared_address(&shared.barriers[2]), kM2Traffic};
   begin_arrivals<kWideThreads, kLayerNorm>(carry_arrival, m2_arrival, shared.ring);
@@ -434,19 +431,19 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   Weights<T> weights(p, at, first_target, shared);
   PartialCarries<T> partial_carries(at, first_target, shared, carry_arrival);
   M2Sum m2_sum(hidden_size, at, shared, m2_arrival);
-  Streams<T, kLayerNorm> streams(p, at, count, shared);
+  Streams<T, kLayerNorm> streams(p, at, begin, shared);
 #pragma unroll
-  for (int k = 0; k < kRingSteps - 1; k++) streams.fetch(k);
+  for (int k = 0; k < kRingSteps - 1; k++) streams.fetch(begin + k);
   copy_async_wait<kRingSteps - 2>();
   __syncthreads();
-  auto next = streams.load(0);
+  auto next = streams.load(begin);
 
   const Row row = locate_row(p.layer, at.row0 + at.g);
   float2* state = reinterpret_cast<float2*>(p.carry + int64_t{row.index} * hidden_size + at.unit);
   float2 carry = at.in_range ? *state : make_float2(0.f, 0.f);
-  BlockDwx<T> block_dwx(p, at, count, shared);
+  BlockDwx<T> block_dwx(p, at, shared);
   const bool stores_m2 = kLayerNorm && at.rank == 0 && at.warp == 0 && at.c == 0 && row.valid;
-  const int64_t m2_last = last_row_step(p, row, count);
+  const int m2_last = row_step_at(p, row, 0);
   pin(m2_sum.inverse_size), pin(partial_carries.receive_address), pin(block_dwx.store_address);
   pin(block_dwx.load_address), pin(m2_sum.term_store), pin(m2_sum.term_load), pin(m2_sum.sum_load);
   pin(streams.coefficient_address), pin(weights.fragment_address);
@@ -454,7 +451,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   weights.stage_early();
 
 #pragma unroll 1
-  for (int k = 0; k < count; k++) {
+  for (int k = begin; k < count; k++) {
     const Turn turn(k);
     const auto now = next;
     const float2 d = now.grad_h + carry;

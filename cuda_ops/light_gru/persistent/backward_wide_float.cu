@@ -81,13 +81,13 @@ struct Streams {
   StepInput<float2, kLayerNorm> next;
 
   __device__ __forceinline__ Streams(const PersistentBackward& p, const WideLane& at,
-                                     const Row& row, int count)
-      : count(count), entry(entry_step(p, row, count)), in_range(at.in_range) {
+                                     const Row& row, int begin)
+      : count(static_cast<int>(p.count)), entry(entry_step(p, row)), in_range(at.in_range) {
     const Sequence grads = {p.grad_h, DType::kFloat32, p.grad_h_batch_stride, p.grad_h_time_stride};
     coefficients =
-        coefficient_stream<float, kStreams, kWideHidden>(p, row, count, 0, at.unit).source;
-    grad_h = grad_h_stream(p, grads, row, count, at.unit);
-    if (kLayerNorm) rhos = reinterpret_cast<const float*>(rho_stream(p, row, count).source);
+        coefficient_stream<float, kStreams, kWideHidden>(p, row, begin, 0, at.unit).source;
+    grad_h = grad_h_stream(p, grads, row, begin, at.unit);
+    if (kLayerNorm) rhos = reinterpret_cast<const float*>(rho_stream(p, row, begin).source);
     rho_step = row.direction ? 1 : -1;
     prefetches = at.warp % 4 == 0 && at.c == 0;
   }
@@ -255,10 +255,10 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
 
-  const int hidden_size = static_cast<int>(p.layer.hidden);
+  const int hidden_size = static_cast<int>(p.layer.hidden), count = static_cast<int>(p.count);
   const WideLane at(hidden_size);
-  const int count = cluster_steps(p, at.row0);
-  if (count == 0) return;
+  const int begin = begin_step(p, at.row0);
+  if (begin == count) return;
   PartialCarries partial_carries(at, shared);
   M2Sum m2_sum(hidden_size, at, shared);
   if (threadIdx.x < 2) mbarrier::init(partial_carries.arrival.barrier_of(threadIdx.x));
@@ -279,14 +279,15 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   RowTerms<kLayerNorm> row_terms(at, shared);
   BlockDwx block_dwx(at, shared);
   const Row row = locate_row(p.layer, at.row0 + at.g);
-  Streams<kLayerNorm> streams(p, at, row, count);
-  streams.load(1);
+  Streams<kLayerNorm> streams(p, at, row, begin);
+  streams.load(begin + 1);
 
   float2* state = reinterpret_cast<float2*>(p.carry + int64_t{row.index} * hidden_size + at.unit);
   float2 carry = at.in_range ? *state : make_float2(0.f, 0.f);
   const bool stored = row.valid && at.in_range;
-  const int64_t row_last = last_row_step(p, row, count);
-  char* output = static_cast<char*>(p.dwx_rows) + row_last * 2 * kStreamBytes + at.unit * 4;
+  const int row_last = row_step_at(p, row, 0);
+  char* output =
+      static_cast<char*>(p.dwx_rows) + int64_t{row_last - begin} * 2 * kStreamBytes + at.unit * 4;
   const bool stores_m2 = kLayerNorm && at.rank == 0 && at.warp == 0 && at.c == 0 && row.valid;
   pin(m2_sum.inverse_size), pin(inverse_scale), pin(partial_carries.receive_address);
   pin(partial_carries.send_address), pin(block_dwx.store_address), pin(block_dwx.load_address);
@@ -297,7 +298,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   cluster_barrier();
 
 #pragma unroll 1
-  for (int k = 0; k < count; k++) {
+  for (int k = begin; k < count; k++) {
     const uint32_t parity = k & 1;
     const auto now = streams.next;
     const float2 d = now.grad_h + carry;

@@ -129,22 +129,20 @@ struct L2Row {
 
   const char* wx;  // of the lane's first unit
   char* h;
-  int64_t rho_index;
+  int rho_index;
   int onward;  // in time: 1 or -1
-  int length;  // steps of the row's sequence
 
   __device__ __forceinline__ void begin(const PersistentForward& p, const Row& row, int unit) {
     const Recurrence& layer = p.layer;
     wx = wx_sequence(layer).at(row, 0, unit);
     h = const_cast<char*>(
         h_sequence(layer, p.h).at(row, 0, row.direction * static_cast<int>(layer.hidden) + unit));
-    rho_index = row.index * layer.time + row.time_of(0);
+    rho_index = static_cast<int>(row.index * layer.time + row.time_of(0));
     onward = row.direction == 1 ? -1 : 1;
-    length = row.length;
   }
 
-  // Step n.
-  __device__ __forceinline__ void load_next(const Recurrence& layer, bool wx_float, int n,
+  // `left`: steps of its sequence from the next one on.
+  __device__ __forceinline__ void load_next(const Recurrence& layer, bool wx_float, int left,
                                             const bool (&in_range)[kUnitCells],
                                             uint2 (&x)[kUnitCells]) {
     const int bytes = wx_float ? 4 : 2, gate_bytes = static_cast<int>(layer.hidden) * bytes;
@@ -152,10 +150,10 @@ struct L2Row {
 #pragma unroll
     for (int u = 0; u < kUnitCells; u++) {
       x[u] = make_uint2(0, 0);
-      if (!in_range[u] || n >= length) continue;
+      if (!in_range[u] || left <= 0) continue;
       const char* from = wx + 32 * u * bytes;
       x[u] = make_uint2(load_bits(from, wx_float), load_bits(from + gate_bytes, wx_float));
-      if (n + kL2Ahead < length) {
+      if (left > kL2Ahead) {
         prefetch(from + kL2Ahead * step);
         prefetch(from + kL2Ahead * step + gate_bytes);
       }
@@ -163,16 +161,16 @@ struct L2Row {
     wx += step;
   }
 
-  __device__ __forceinline__ void store_next(const PersistentForward& p, int n, bool stores_rho,
-                                             float rho, const bool (&in_range)[kUnitCells],
+  __device__ __forceinline__ void store_next(const PersistentForward& p, bool stores_rho, float rho,
+                                             const bool (&in_range)[kUnitCells],
                                              const UnitState (&state)[kUnitCells]) {
     const bool is_float = kIsFloat || p.layer.output_type == DType::kFloat32;
     const int bytes = is_float ? 4 : 2;
-    if (stores_rho && n < length) p.rho[rho_index] = rho;
+    if (stores_rho) p.rho[rho_index] = rho;
     rho_index += onward;
 #pragma unroll
     for (int u = 0; u < kUnitCells; u++) {
-      if (!in_range[u] || n >= length) continue;
+      if (!in_range[u]) continue;
       char* to = h + 32 * u * bytes;
       if (is_float)
         *reinterpret_cast<float*>(to) = state[u].h;
@@ -205,7 +203,12 @@ __device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
 
   // Cells [row][unit] of the lane.
   const bool layer_norm = layer.layer_norm, wx_float = layer.wx_type == DType::kFloat32;
-  const int steps = longest_from(layer, at.row0);
+  // t ends at T whatever the lengths, for want of registers: a group whose sequences are shorter
+  // begins later. Where a row's ends is kept behind its partial sums.
+  const int steps = static_cast<int>(layer.time), begin = steps - longest_from(layer, at.row0);
+  const auto end_address = [&](int i) {
+    return partials + at.row_of(i) * Shape::kRowBytes + kL2Warps * Shape::kWarpBytes;
+  };
   bool in_range[kUnitCells];
   UnitParameters parameters[kUnitCells];
   UnitState state[kRowCells][kUnitCells];
@@ -226,9 +229,10 @@ __device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
     for (int u = 0; u < kUnitCells; u++) {
       state[i][u] = {};
       if (in_range[u]) state[i][u].load(layer, row, at.block_unit0 + 32 * u + at.lane);
-      publisher.send(i, u, state[i][u].h, 1);
+      publisher.send(i, u, state[i][u].h, static_cast<uint32_t>(begin) + 1);
     }
-    rows[i].load_next(layer, wx_float, 0, in_range, wx[i]);
+    if (at.lane == 0) store_uint(end_address(i), static_cast<uint32_t>(begin + row.length));
+    rows[i].load_next(layer, wx_float, row.length, in_range, wx[i]);
   }
   const bool stores_rho = layer_norm && at.rank == 0 && at.lane == 0;
   const RootMeanSquare mean(layer);
@@ -236,7 +240,7 @@ __device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
   __syncthreads();  // the fragments in shared memory
 
 #pragma unroll 1
-  for (int t = 0; t < steps; t++) {
+  for (int t = begin; t < steps; t++) {
     const uint32_t step = static_cast<uint32_t>(t) + 1;
     product.template run<false>(step, [&](int tile, const float (&sums)[Shape::kTiles][4]) {
       store_partial<Shape>(sums, product.factor, partials, at, tile);
@@ -278,8 +282,9 @@ __device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
 #pragma unroll
     for (int i = 0; i < kRowCells; i++) {
       if (!at.has_row(i)) break;
-      rows[i].store_next(p, t, stores_rho, rho[i], in_range, state[i]);
-      if (t + 1 < steps) rows[i].load_next(layer, wx_float, t + 1, in_range, wx[i]);
+      const int left = static_cast<int>(load_uint(end_address(i))) - t;
+      if (left > 0) rows[i].store_next(p, stores_rho, rho[i], in_range, state[i]);
+      if (t + 1 < steps) rows[i].load_next(layer, wx_float, left - 1, in_range, wx[i]);
     }
   }
 }
