@@ -94,11 +94,11 @@ def markdown(results):
         )
     if growth := growth_table(results["rows"]):
         parts.append("## Growth with L\n\n" + growth)
-    if results["accuracy"]:
-        sizes = results["accuracy"][0]
+    for length in sorted({row["time"] for row in results["accuracy"]}):
+        rows = [row for row in results["accuracy"] if row["time"] == length]
         parts.append(
-            f"## Relative error against float64: one SLi-GRU layer, B={sizes['batch']}, "
-            f"T={sizes['time']}, H={sizes['hidden']}\n\n" + accuracy_table(results["accuracy"])
+            f"## Relative error against float64: one SLi-GRU layer, B={rows[0]['batch']}, "
+            f"T={length}, H={rows[0]['hidden']}\n\n" + accuracy_table(rows)
         )
     if results["rows"]:
         parts.append("## Every row\n\n" + details_table(results["rows"]))

@@ -124,7 +124,7 @@ CASES = {
         Case("cpu", 16, (500, 1000, 2000), 80, 512, 1, device="cpu", threads=2),
     )
 }
-ACCURACY_SIZES = {"batch": 16, "time": 3000, "hidden": 512}
+ACCURACY_SIZES, ACCURACY_LENGTHS = {"batch": 16, "hidden": 512}, (100, 1000, 3000)
 TINY = {"batch": 2, "features": 6, "hidden": 8, "threads": 1}
 TINY_LENGTHS = (2, 4, 8)
 
@@ -752,9 +752,11 @@ def measure_all(bench, options, cases, contenders, device):
         time_passes(lambda: torch.mm(*operands), 2000, device)
         del operands
     if options.accuracy:
-        sizes = ACCURACY_SIZES | ({"batch": 2, "time": 8, "hidden": 8} if options.tiny else {})
+        sizes = ACCURACY_SIZES | ({"batch": 2, "hidden": 8} if options.tiny else {})
         here = {c.name for c in CONTENDERS if has_accuracy(c, device) and not c.apart}
-        bench.measure_accuracy(contenders & here, options.precisions, device, sizes)
+        for length in TINY_LENGTHS if options.tiny else ACCURACY_LENGTHS:
+            lengthened = sizes | {"time": length}
+            bench.measure_accuracy(contenders & here, options.precisions, device, lengthened)
     for contender in CONTENDERS:
         if contender.name not in contenders:
             continue

@@ -76,7 +76,7 @@ def test_files_named_without_their_folder_exist(name):
     assert (ROOT / name).exists() or any(any(folder.rglob(name)) for folder in folders)
 
 
-def test_the_numbers_of_the_batch_and_of_the_drawing():
+def test_the_numbers_of_the_batch():
     """They are the choice of a kernel on an H200."""
     clusters, blocks, rows = re.search(
         r"`wide`: (\d+) clusters of (\d+) blocks, (\d+) rows each", CONTRIBUTING
@@ -85,16 +85,6 @@ def test_the_numbers_of_the_batch_and_of_the_drawing():
     assert (choice.kernel, choice.group, choice.rows) == ("wide", int(blocks), int(rows))
     assert int(clusters) * choice.rows == 48
     assert ops.choose_kernel(H200, 1024, 48, torch.bfloat16, "backward").kernel == "wide"
-
-    numbers = re.search(
-        r"`forward_narrow.cu`, H = (\d+), (\d+) rows, 16-bit operands: "
-        r"(\d+) clusters x (\d+) blocks x (\d+) warps",
-        CONTRIBUTING,
-    ).groups()
-    hidden, rows, clusters, blocks, warps = map(int, numbers)
-    choice = ops.choose_kernel(H200, hidden, rows, torch.bfloat16, "forward")
-    assert (choice.kernel, choice.group) == ("narrow", blocks)
-    assert clusters * choice.rows == rows and 8 * warps == choice.units
 
 
 def test_the_table_of_kernels_is_that_of_the_library():

@@ -1,5 +1,6 @@
 """benchmarks/bench_rnn.py on sizes that only show that everything runs."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -58,14 +59,14 @@ def test_a_run_writes_every_row_with_its_raw_times(results):
 
 def test_errors_are_those_of_the_precision(results):
     errors = {
-        (row["contender"], row["precision"]): row["errors"]
+        (row["contender"], row["time"], row["precision"]): row["errors"]
         for row in results["accuracy"]
         if row["status"] == "measured"
     }
-    for contender in ("ours-cpu", "stock-eager"):
+    for contender, length in itertools.product(("ours-cpu", "stock-eager"), (2, 4, 8)):
         for precision, bound in {"fp64": 1e-14, "fp32": 1e-5, "bf16": 0.1, "fp16": 0.02}.items():
-            for name, error in errors[contender, precision].items():
-                assert 0 <= error < bound, (contender, precision, name)
+            for name, error in errors[contender, length, precision].items():
+                assert 0 <= error < bound, (contender, length, precision, name)
 
 
 def test_table_and_plot(bench_rnn, output, results):
@@ -73,7 +74,7 @@ def test_table_and_plot(bench_rnn, output, results):
     text = table.read_text(encoding="utf-8")
     for row in results["rows"]:
         assert bench_rnn.bench_report.number(row["median_ms"]) in text
-    assert "## Case cpu: B=2, I=6, H=8" in text and "over stock's" in text
+    assert "## Case cpu: B=2, I=6, H=8" in text and text.count("over stock's") == 3
     (picture,) = output.glob("*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
