@@ -146,9 +146,10 @@ def markdown(bench, results):
         rows = [row for row in results["rows"] if row["case"] == case]
         parts.append(f"## Case {case}: {bench.sizes.format(**rows[0])}\n\n{table(rows, bench)}")
     over = f" over the number of {bench.per}" if bench.per else ""
+    legend = f" {bench.legend}" if bench.legend else ""
     parts.append(
         f"Milliseconds of a pass{over}, median / least of all rounds, in which the contenders take "
-        f"turns; the gain is the ratio of SpeechBrain's least to ours. {bench.legend}".rstrip()
+        f"turns; the gain is the ratio of a contender's least to that of ours.{legend}"
     )
     return "\n\n".join(parts) + "\n"
 

@@ -234,7 +234,7 @@ def test_lengths_of_one_change_nothing(cell, bidirectional, training):
 @either_direction
 @either_cell
 def test_dropout_masks_are_those_of_the_sequences(cell, bidirectional):
-    """A mask a sequence, whatever its length: without other frames the longest one sees no change."""
+    """A mask a sequence, whatever its length."""
     net = build(cell, "layernorm-two-layers", bidirectional, dropout=0.5)
     x, hx, *_ = draw(net)
     torch.manual_seed(1)
@@ -257,7 +257,7 @@ def test_four_axes(cell):
 
 
 def test_lengths_are_rounded_to_whole_steps():
-    """A relative length in float32 times T may be a little less than the step that it stands for."""
+    """A relative length in float32 times T may be a little less than its step."""
     for time in range(1, 400):
         steps = torch.arange(1, time + 1)
         assert torch.equal(count_steps(steps / time, time, time), steps)
