@@ -11,11 +11,10 @@ def accumulation_dtype(dtype):
 
 def autocast_dtype(dtype, device_type):
     """The dtype of the operands of products of a dtype: autocast's for float32, else the same."""
-    # "meta", for one, has no autocast, and torch refuses the question whether it is on.
-    if dtype != torch.float32 or not torch.amp.is_autocast_available(device_type):
-        return dtype
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if enabled else dtype
+    # torch refuses the question whether autocast is on for "meta".
+    if dtype == torch.float32 and device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return dtype
 
 
 def dtype_name(dtype):
