@@ -56,7 +56,7 @@ def accelerate(module):
 
     In place, in any model: built, loaded, trained, pretrained (`EncoderASR`, `EncoderDecoderASR`).
     Left alone are subclasses of SpeechBrain's classes, objects with a method of their own, and what
-    torch.jit has compiled. A second call changes nothing.
+    torch.jit has compiled. A second call changes nothing. `fully_shard` comes after it.
 
     Arguments
     ---------
@@ -129,6 +129,7 @@ def _parts(module):
     """Name and object of all parts that are, or could be, ours."""
     if not isinstance(module, torch.nn.Module):
         raise ValueError(f"module must be a torch.nn.Module, but is {type(module).__name__}")
+    scorers = set()  # which searches may share
     for name, part in module.named_modules():
         if isinstance(part, tuple(_OURS)) or _is_compiled(part):
             yield name, part
@@ -136,7 +137,8 @@ def _parts(module):
         if isinstance(builder, scorer.ScorerBuilder):
             for key in ("full_scorers", "partial_scorers"):
                 for its_name, its_scorer in getattr(builder, key).items():
-                    if isinstance(its_scorer, tuple(_OURS)):
+                    if isinstance(its_scorer, tuple(_OURS)) and its_scorer not in scorers:
+                        scorers.add(its_scorer)
                         yield f"{name}.scorer.{key}.{its_name}".lstrip("."), its_scorer
 
 

@@ -370,6 +370,14 @@ def test_containers_and_parts_in_several_places():
     assert restore(model) == names
 
 
+def test_a_scorer_of_several_searches_is_told_once():
+    model = make_recogniser()
+    model.greedy.scorer = model.beam.scorer
+    parts = accelerate(model)
+    assert {part.name: part.kind for part in parts} == EXPECTED and len(parts) == len(EXPECTED)
+    assert sorted(restore(model)) == sorted(EXPECTED)
+
+
 def test_tied_parameters_stay_tied():
     nets = [make_net() for _ in range(2)]
     for net in nets:
