@@ -320,14 +320,14 @@ def test_a_model_from_a_file():
 def test_models_without_memory_yet(monkeypatch):
     """On the meta device, as large models are built, and then with the weights of a file."""
     monkeypatch.setattr(_backends, "_warned", set())
-    theirs = make_net()
+    theirs = make_net().float()  # the dtype that autocast is about
     ours = copy.deepcopy(theirs).to("meta")
     assert all(part.is_ours for part in accelerate(ours))
     with pytest.warns(UserWarning, match="no kernels for meta tensors"):
-        assert ours(random_input().to("meta"))[0].shape == (3, 7, 5)
+        assert ours(random_input().to("meta", torch.float32))[0].shape == (3, 7, 5)
     ours.to_empty(device="cpu").load_state_dict(theirs.state_dict())
-    x = random_input()
-    assert relative_error(ours(x)[0], theirs(x)[0]) < 1e-12
+    x = random_input().float()
+    assert relative_error(ours(x)[0], theirs(x)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
