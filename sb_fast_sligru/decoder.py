@@ -31,6 +31,7 @@ from torch import nn
 from . import ops
 from ._parts import build_module, is_plain, not_plain
 from ._stock import RNN as stock
+from .ops._autograd import autocast_dtype
 from .ops._backends import choose, warn_once
 
 __all__ = ["AttentionalRNNDecoder", "build"]
@@ -157,10 +158,12 @@ class AttentionalRNNDecoder(stock.AttentionalRNNDecoder):
         if obstacle:
             return choose(torch.device(device), dict.fromkeys(ops.BACKENDS, obstacle))
         device, weight = torch.device(device), self.attn.conv_loc.weight
-        dtype = weight.dtype
-        if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        dtype = autocast_dtype(weight.dtype, device.type)
         return ops.choose_decoder_backend(device, dtype, weight.shape[0], weight.shape[2])
+
+    def _obstacle(self):
+        """Tell what the operator cannot stand in for, "" if there is nothing."""
+        return obstacle_of(self)
 
     def _draw_mask(self, inp_tensor):
         """Draw dropout masks of all inputs of the cell, [B, N, input_size + attn_dim], or None."""

@@ -130,7 +130,11 @@ class S2SRNNBeamSearcher(stock.S2SRNNBeamSearcher):
         reason : str
             One clause, for people.
         """
-        return _choose(self, stock.S2SRNNBeamSearcher)
+        return _choose(self)
+
+    def _obstacle(self):
+        """Tell what our loop cannot stand in for, "" if there is nothing."""
+        return _obstacle_of(self, stock.S2SRNNBeamSearcher)
 
     def _search(self, states, frames):
         """The topk hypotheses, as SpeechBrain's `_get_topk_prediction` returns them."""
@@ -260,7 +264,11 @@ class S2SRNNGreedySearcher(stock.S2SRNNGreedySearcher):
 
     def choose_backend(self):
         """What serves a search now, and why; as that of :class:`S2SRNNBeamSearcher`."""
-        return _choose(self, stock.S2SRNNGreedySearcher)
+        return _choose(self)
+
+    def _obstacle(self):
+        """Tell what our loop cannot stand in for, "" if there is nothing."""
+        return _obstacle_of(self, stock.S2SRNNGreedySearcher)
 
     def _search(self, states, frames, limits):
         """Log-probabilities, [B, N, vocabulary], -inf where a hypothesis has ended."""
@@ -517,17 +525,23 @@ class _Hypotheses:
         return torch.from_numpy(hyps).to(device), lengths, final, chosen
 
 
-def _choose(search, kind):
-    """What serves a search, and why; `kind` is SpeechBrain's class of it."""
+def _choose(search):
+    """What serves a search, and why."""
     if forced_backend() == "reference":
         return "reference", "forced"
+    obstacle = search._obstacle()
+    return ("reference", obstacle) if obstacle else ("shared", "the fastest")
+
+
+def _obstacle_of(search, kind):
+    """Tell what our loops cannot stand in for; `kind` is SpeechBrain's class of the search."""
     for name in _METHODS[kind]:
         if getattr(type(search), name) is not getattr(kind, name) or name in search.__dict__:
-            return "reference", f"{name} of the search is not SpeechBrain's"
+            return f"{name} of the search is not SpeechBrain's"
     obstacle = obstacle_of(search.dec)
     if not obstacle and getattr(search, "attn_weight", 1.0) <= 0:
         obstacle = "the search is without the decoder's scores"
-    return ("reference", obstacle) if obstacle else ("shared", "the fastest")
+    return obstacle
 
 
 # SpeechBrain's class -> its methods, which our loops call or stand in for.

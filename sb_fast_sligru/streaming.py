@@ -413,7 +413,10 @@ def _check_encoder(encoder):
         if module.training:
             raise ValueError("encoder is in training mode: call its eval() first")
         if not is_plain(module, _kind(module)):
-            raise ValueError(f"encoder: {name or 'it'} has hooks, which a stream may not call")
+            raise ValueError(
+                f"encoder: {name or 'it'} has hooks or quantised weights, which a stream "
+                "may not call"
+            )
 
 
 def _layers(name, module):

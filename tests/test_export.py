@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import ROOT
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.export import Dim
 
 import sb_fast_sligru
@@ -62,6 +63,39 @@ def error(actual, expected):
     """Relative, but where the exact value is zero: the gradient of a bias before BatchNorm."""
     scale = max(float(torch.linalg.vector_norm(expected.double())), 1e-3)
     return float(torch.linalg.vector_norm(actual.double() - expected.double())) / scale
+
+
+# Forward-mode derivatives --------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:sb_fast_sligru runs")
+@pytest.mark.parametrize("compiler", ["export", "trace", "compile"])
+@pytest.mark.parametrize("of_rnn", [True, False], ids=["RNN", "CRDNN"])
+def test_programs_refuse_forward_mode(of_rnn, compiler):
+    """Of frozen weights: an operator none of whose tensors requires a gradient loses tangents."""
+    net, x = build(torch.float64).eval().requires_grad_(False), features(2, 40, torch.float64)
+    if of_rnn:
+        net, x = net.RNN, torch.randn(2, 9, int(net.RNN.fea_dim), dtype=torch.float64)
+    if compiler == "export":
+        program = torch.export.export(net, (x,)).module()
+    elif compiler == "trace":
+        program = torch.jit.trace(net, x)
+    else:
+        torch._dynamo.reset()
+        program = torch.compile(net, backend="eager")
+        program(x)
+
+    def first(output):
+        return output[0] if of_rnn else output
+
+    with forward_ad.dual_level():
+        assert first(program(x)).shape == first(net(x)).shape  # without a tangent
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises((RuntimeError, NotImplementedError), match="forward.*mode|forward AD"):
+            program(dual)
+        assert forward_ad.unpack_dual(first(net(dual))).tangent.any()
 
 
 # torch.compile -------------------------------------------------------------------------------

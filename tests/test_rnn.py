@@ -590,6 +590,69 @@ def test_quantised_projections_stay_with_the_kernels(cell, bidirectional):
     assert type(ours.rnn[0].w) is not torch.nn.Linear
 
 
+class Int8(torch.Tensor):
+    """A quantised weight as torchao's: a tensor that holds others, and knows one function."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors, context, size, stride):
+        return cls(tensors["values"], tensors["scale"])
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            x, weight, *bias = args
+            return function(x, weight.values * weight.scale, *bias)
+        return super().__torch_function__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scale)
+        raise NotImplementedError(f"{function} of an Int8")
+
+
+def quantise_weight(linear):
+    scale = linear.weight.detach().abs().amax() / 127
+    values = (linear.weight.detach() / scale).round().to(torch.int8)
+    linear.weight = torch.nn.Parameter(Int8(values, scale), requires_grad=False)
+
+
+@either_direction
+@either_cell
+@pytest.mark.parametrize("part", ["u", "w"])
+def test_quantised_weights(cell, part, bidirectional, warned):
+    """torchao leaves the Linear and exchanges its weight: those of W stay with the kernels."""
+    pair = build_pair(cell, bidirectional=bidirectional, num_layers=2)
+    for net in pair:
+        for layer in net.eval().rnn:
+            quantise_weight(getattr(layer, part))
+    theirs, ours = pair
+    x = random_input()
+    with torch.no_grad():
+        expected = theirs(x)[0]
+        if part == "w":
+            with sb_fast_sligru.backend("cpu"):
+                assert relative_error(ours(x)[0], expected) < 1e-12
+            assert not warned
+        else:
+            assert relative_error(ours(x)[0], expected) < 1e-12
+            (reason,) = warned
+            assert "without hooks or quantised weights" in reason
+        torch._dynamo.reset()
+        compiled = torch.compile(ours, fullgraph=True, backend="eager")
+        assert relative_error(compiled(x)[0], expected) < 1e-12
+
+
 # Precision -------------------------------------------------------------------------------------
 
 
@@ -675,14 +738,17 @@ def test_chunks_are_one_pass(cell, nonlinearity, layers, features, device):
 @either_cell
 @pytest.mark.parametrize("nonlinearity", ["relu", "tanh", "sin", "leaky_relu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_chunks_err_no_more_than_one_pass(cell, nonlinearity, dtype, device):
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("features", [(16,), (4, 4)], ids=["3-D", "4-D"])
+def test_chunks_err_no_more_than_one_pass(cell, nonlinearity, dtype, layers, features, device):
     """Root mean square over a few networks; a state that is handed on is rounded once more."""
-    shape = (BATCH, sum(CUTS), 16)
-    arguments = {"hidden_size": 24, "num_layers": 2, "nonlinearity": nonlinearity, "shape": shape}
+    shape = (BATCH, sum(CUTS), *features)
+    arguments = {"num_layers": layers, "nonlinearity": nonlinearity, "shape": shape}
+    arguments |= {"hidden_size": 24}
     squares = torch.zeros(2, 2)  # of output and state, in chunks and in one pass
-    for seed in range(NETWORKS):
-        exact, _ = build_pair(cell, device, seed=seed, **arguments)
-        _, ours = build_pair(cell, device, dtype, seed=seed, **arguments)
+    for seed in range(5):
+        exact, ours = build_pair(cell, device, seed=seed, **arguments)
+        ours.to(dtype)
         x = torch.randn(shape, dtype=dtype, device=device)
         with torch.no_grad():
             expected = exact.eval()(x.double())
@@ -952,10 +1018,16 @@ def compare_sharded(rank, store):
                     fully_shard(getattr(owner, name), mesh=mesh)
                 else:
                     setattr(owner, name, FSDP(getattr(owner, name), device_id=torch.device("cpu")))
-            output, hh = ours(x)
+            output, _ = ours(x)
             assert relative_error(output, expected["output"]) < 1e-5, kind
-            output.square().sum().backward()
+            # The same batch in each process: the mean of their gradients is that of one.
+            for net, states in ((theirs, theirs(x)[0]), (ours, output)):
+                net.zero_grad()
+                states.square().sum().backward()
+                torch.optim.SGD(net.parameters(), lr=1e-3).step()
             assert bool(_backends._warned) == (part == "u"), kind
+            assert relative_error(ours(x)[0], theirs(x)[0]) < 1e-5, kind
+            assert relative_error(theirs(x)[0], expected["output"]) > 1e-4, kind
     torch.distributed.destroy_process_group()
 
 

@@ -11,7 +11,13 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _library, reference
-from ._autograd import Changes, dtype_name, no_second_derivative
+from ._autograd import (
+    Changes,
+    autocast_dtype,
+    dtype_name,
+    no_second_derivative,
+    register_autograd,
+)
 from ._backends import (
     choose,
     forced_backend,
@@ -273,10 +279,7 @@ def _check(tensors):
     if mask is not None and mask.requires_grad:
         raise ValueError("context_mask: requires a gradient, and none is computed for it")
 
-    kind = wx.device.type
-    operand_dtype = u.dtype
-    if u.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        operand_dtype = torch.get_autocast_dtype(kind)
+    operand_dtype = autocast_dtype(u.dtype, wx.device.type)
     for name, t in tensors.items():
         data = name in ("wx", "keys", "values", "context_mask")
         allowed = {u.dtype, operand_dtype} if data else {u.dtype}
@@ -417,11 +420,9 @@ if _library.cpu_error is None:
     torch.library.register_fake("sb_fast_sligru::attention_decoder_backward")(
         _attention_decoder_backward_fake
     )
-    torch.library.register_autograd(
-        "sb_fast_sligru::attention_decoder",
+    register_autograd(
+        "attention_decoder",
         _attention_decoder_backward,
         setup_context=_setup_context,
     )
-    torch.library.register_autograd(
-        "sb_fast_sligru::attention_decoder_backward", no_second_derivative
-    )
+    register_autograd("attention_decoder_backward", no_second_derivative)

@@ -8,7 +8,7 @@ fake kernels for torch.compile, then autograd.
 import torch
 
 from .. import _library, reference
-from ._autograd import no_second_derivative
+from ._autograd import no_second_derivative, register_autograd
 from ._backends import choose_kernels, warn_once
 
 DTYPES = (torch.float64, torch.float32)
@@ -171,7 +171,5 @@ if _library.cpu_error is None:
     # Shapes and dtypes without data: what torch.compile and torch.export trace through.
     torch.library.register_fake("sb_fast_sligru::ctc_loss")(_ctc_loss_fake)
     torch.library.register_fake("sb_fast_sligru::ctc_loss_backward")(_ctc_loss_backward_fake)
-    torch.library.register_autograd(
-        "sb_fast_sligru::ctc_loss", _ctc_loss_backward, setup_context=_setup_context
-    )
-    torch.library.register_autograd("sb_fast_sligru::ctc_loss_backward", no_second_derivative)
+    register_autograd("ctc_loss", _ctc_loss_backward, setup_context=_setup_context)
+    register_autograd("ctc_loss_backward", no_second_derivative)

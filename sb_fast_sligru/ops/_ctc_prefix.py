@@ -12,6 +12,7 @@ torch.compile.
 import torch
 
 from .. import _library, reference
+from ._autograd import register_autograd
 from ._backends import choose_kernels, warn_once
 
 DTYPES = (torch.float64, torch.float32)
@@ -285,4 +286,4 @@ def _no_gradient(ctx, *grads):
 if _library.cpu_error is None:
     for _name, _fake in (("ctc_prefix_scores", _scores_fake), ("ctc_prefix_extend", _extend_fake)):
         torch.library.register_fake(f"sb_fast_sligru::{_name}")(_fake)
-        torch.library.register_autograd(f"sb_fast_sligru::{_name}", _no_gradient)
+        register_autograd(_name, _no_gradient)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _library
+from ._autograd import register_autograd
 from ._backends import choose, derivative_obstacle, warn_once
 
 # MKL is as fast for some 100 rows on a processor with AVX-512, for some 50 with AVX2, and may be
@@ -121,4 +122,4 @@ def _no_gradient(ctx, grad):
 
 if _library.cpu_error is None:
     torch.library.register_fake("sb_fast_sligru::few_rows_linear")(_fake)
-    torch.library.register_autograd("sb_fast_sligru::few_rows_linear", _no_gradient)
+    register_autograd("few_rows_linear", _no_gradient)

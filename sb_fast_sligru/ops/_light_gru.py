@@ -14,7 +14,14 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _library, reference
-from ._autograd import Changes, accumulation_dtype, dtype_name, no_second_derivative
+from ._autograd import (
+    Changes,
+    accumulation_dtype,
+    autocast_dtype,
+    dtype_name,
+    no_second_derivative,
+    register_autograd,
+)
 from ._backends import (
     choose,
     forced_backend,
@@ -327,10 +334,7 @@ def _check(tensors, layer_norm, activation, bidirectional):
     if drop_mask is not None and drop_mask.requires_grad:
         raise ValueError("drop_mask: requires a gradient, and none is computed for it")
 
-    kind = wx.device.type
-    operand_dtype = u.dtype
-    if u.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        operand_dtype = torch.get_autocast_dtype(kind)
+    operand_dtype = autocast_dtype(u.dtype, wx.device.type)
     allowed = {operand_dtype, u.dtype}
     if wx.dtype not in allowed:
         raise ValueError(
@@ -452,7 +456,5 @@ if _library.cpu_error is None:
     # Shapes and dtypes without data: what torch.compile and torch.export trace through.
     torch.library.register_fake("sb_fast_sligru::light_gru")(_light_gru_fake)
     torch.library.register_fake("sb_fast_sligru::light_gru_backward")(_light_gru_backward_fake)
-    torch.library.register_autograd(
-        "sb_fast_sligru::light_gru", _light_gru_backward, setup_context=_setup_context
-    )
-    torch.library.register_autograd("sb_fast_sligru::light_gru_backward", no_second_derivative)
+    register_autograd("light_gru", _light_gru_backward, setup_context=_setup_context)
+    register_autograd("light_gru_backward", no_second_derivative)

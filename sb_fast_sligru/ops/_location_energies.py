@@ -8,6 +8,7 @@ no gradient: a search needs none. Below it: the fake kernel for torch.compile.
 import torch
 
 from .. import _library, reference
+from ._autograd import register_autograd
 from ._backends import choose, choose_kernels, gpu, index_of, warn_once
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -182,4 +183,4 @@ def _no_gradient(ctx, *grads):
 
 if _library.cpu_error is None:
     torch.library.register_fake("sb_fast_sligru::location_energies")(_fake)
-    torch.library.register_autograd("sb_fast_sligru::location_energies", _no_gradient)
+    register_autograd("location_energies", _no_gradient)

@@ -10,7 +10,7 @@ import operator
 import torch
 
 from .. import _library, reference
-from ._autograd import accumulation_dtype, dtype_name, no_second_derivative
+from ._autograd import accumulation_dtype, dtype_name, no_second_derivative, register_autograd
 from ._backends import BACKENDS, choose, choose_kernels, gpu, index_of, warn_once
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -301,7 +301,5 @@ if _library.cpu_error is None:
     # Shapes and dtypes without data: what torch.compile and torch.export trace through.
     torch.library.register_fake("sb_fast_sligru::norm_pool")(_norm_pool_fake)
     torch.library.register_fake("sb_fast_sligru::norm_pool_backward")(_norm_pool_backward_fake)
-    torch.library.register_autograd(
-        "sb_fast_sligru::norm_pool", _norm_pool_backward, setup_context=_setup_context
-    )
-    torch.library.register_autograd("sb_fast_sligru::norm_pool_backward", no_second_derivative)
+    register_autograd("norm_pool", _norm_pool_backward, setup_context=_setup_context)
+    register_autograd("norm_pool_backward", no_second_derivative)
