@@ -23,25 +23,26 @@ Outputs forward_sweep(const Inputs& in, const Steps& steps) {
   Tensor state = in.h0 ? torch::stable::clone(*in.h0) : new_zeros(in.wx, {R, H}, acc);
   const Tensor operand = in.operand_type == acc ? state : torch::stable::to(state, in.operand_type);
 
-  // r = operand Uc^T. BLAS on the CPU is fastest when it writes r transposed.
+  // r = operand Uc^T, or its transpose.
   const Tensor uc_t = torch::stable::transpose(uc, 0, 1),
                operand_t = torch::stable::transpose(operand, 0, 1);
-  const Tensor r = Steps::kTransposedProduct ? new_empty(in.wx, {2 * H, R}, acc)
-                                             : new_empty(in.wx, {R, 2 * H}, acc);
+  const bool transposed = steps.writes_transposed(in);
+  const Tensor r =
+      transposed ? new_empty(in.wx, {2 * H, R}, acc) : new_empty(in.wx, {R, 2 * H}, acc);
   ForwardStep p = {};
   p.layer = in.recurrence();
   p.r = r.const_data_ptr();
-  p.r_row_stride = Steps::kTransposedProduct ? 1 : 2 * H;
-  p.r_unit_stride = Steps::kTransposedProduct ? R : 1;
+  p.r_row_stride = transposed ? 1 : 2 * H;
+  p.r_unit_stride = transposed ? R : 1;
   p.state = state.mutable_data_ptr();
   p.operand = operand.mutable_data_ptr();
   p.h = h.mutable_data_ptr();
   p.rho = rho.mutable_data_ptr();
   for (int64_t n = 0; n < T; ++n) {
-    if (Steps::kTransposedProduct) {
+    if (transposed) {
       multiply(uc, operand_t, r);
     } else {
-      multiply(operand, uc_t, r);
+      steps.product(operand, uc_t, r);
     }
     steps.forward_step(p, n);
   }
