@@ -22,7 +22,6 @@ import dataclasses
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -170,8 +169,13 @@ class StreamingEncoder(nn.Module):
         context.batch = chunk.shape[0]
         context.samples += chunk.shape[1]
         context.is_over = is_last
-        run = self._replay if _is_on_gpu(chunk) and not is_last else self._run
-        states, context.states = run(chunk, context.states, is_last)
+        if _is_on_gpu(chunk):
+            run = self._run if is_last else self._replay
+            states, context.states = run(chunk, context.states, is_last)
+        else:
+            with torch.inference_mode():  # operators are called in half of the time
+                states, context.states = self._run(chunk, context.states, is_last)
+            states = None if states is None else states.clone()  # which autograd may see
         return chunk.new_empty(chunk.shape[0], 0, self._width) if states is None else states
 
     def _check(self, chunk, context, is_last):
@@ -337,17 +341,17 @@ class _OurConvolution(_Convolution):
     def outputs(self, x, first, end):
         before, after = first == 0, end == x.shape[1]
         x = x[:, max(0, first - 1) : end + 1]
-        x = (x.unsqueeze(3) if x.ndim == 3 else x).permute(0, 3, 1, 2)
-        x = F.pad(x, (1, 1, int(before), int(after)), mode="reflect").permute(0, 2, 3, 1)
+        x = _mirror_border(x, 1, before, after)
+        x = _mirror_border(x.unsqueeze(3) if x.ndim == 3 else x, 2)
         return self.layer.norm_pool(self.layer.convolve(x))
 
 
 class _TimePooling(_EachFrame):
     """Windows lie side by side; one that is not full at the end of the stream is left out."""
 
-    def __init__(self, layer, frames):
+    def __init__(self, layer, frames, frequencies):
         super().__init__(layer)
-        self.stride = frames
+        self.stride, self.frequencies = frames, frequencies
 
     def __call__(self, x, state, is_last):
         parts = [part for part in (state, x) if part is not None]
@@ -355,7 +359,13 @@ class _TimePooling(_EachFrame):
             return None, None
         x = torch.cat(parts, 1)
         end = x.shape[1] // self.stride * self.stride
-        return (self.layer(x[:, :end]) if end else None), x[:, end:]
+        return (self.pool(x[:, :end]) if end else None), x[:, end:]
+
+    def pool(self, x):
+        """What the layer does, without its transpositions."""
+        x = x[:, :, : x.shape[2] // self.frequencies * self.frequencies]
+        windows = x.unflatten(2, (-1, self.frequencies)).unflatten(1, (-1, self.stride))
+        return windows.amax((2, 4))
 
     def last_input(self, output):
         return (output + 1) * self.stride - 1
@@ -458,7 +468,7 @@ def _step_of(name, layer):
     if kind in (pooling.Pooling1d, pooling.Pooling2d) and is_plain(layer.pool_layer, nn.MaxPool2d):
         windows = pool_windows(layer)
         if windows is not None:
-            return _EachFrame(layer) if windows[0] == 1 else _TimePooling(layer, windows[0])
+            return _EachFrame(layer) if windows[0] == 1 else _TimePooling(layer, *windows)
     if kind in RECURRENT:
         if layer.bidirectional:
             raise ValueError(f"encoder: {name} is bidirectional: it begins at a stream's end")
@@ -481,6 +491,13 @@ def _step_of(name, layer):
         f"encoder: {name} is a {kind.__module__}.{kind.__qualname__}"
         f"{why if kind.__name__ == 'Fbank' else ', which a stream cannot call'}"
     )
+
+
+def _mirror_border(x, axis, before=True, after=True):
+    """With a place more at either end; F.pad wakes threads for so few."""
+    parts = [x.narrow(axis, 1, 1)] if before else []
+    parts += [x, x.narrow(axis, -2, 1)] if after else [x]
+    return torch.cat(parts, axis) if len(parts) > 1 else x
 
 
 def _is_on_gpu(x):

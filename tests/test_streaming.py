@@ -317,6 +317,13 @@ def test_nothing_is_recorded_for_gradients():
     assert not any(each.requires_grad for each in states)
 
 
+def test_gradients_of_what_comes_after():
+    states = torch.cat(hear(StreamingEncoder(build()), random_speech(), [SAMPLES]), 1)
+    weight = torch.randn(3, states.shape[2], dtype=states.dtype, requires_grad=True)
+    (states @ weight.t()).sum().backward()
+    assert relative_error(weight.grad, states.sum((0, 1)).expand(3, -1)) < 1e-12
+
+
 # Bad input ------------------------------------------------------------------------------------
 
 REFUSED = {

@@ -2,6 +2,8 @@
 // threads. With few rows the weights come from memory, each once: while a tile is computed, those of
 // the next are on their way. x is read again for each tile, so it lies in the order of reading; rows
 // as they are would, at strides of powers of 2, share a few places of the first cache.
+#include <memory>
+
 #include "common/cpu_loops.h"
 #include "few_rows/few_rows.h"
 
@@ -35,15 +37,19 @@ bool has_many_registers() {
 
 int64_t padded(int64_t depth) { return ceil_div(depth, kStep) * kStep; }
 
+struct alignas(kStep * sizeof(float)) Line {
+  float values[kStep];
+};
+
 // Blocks of rows, each [K / kLanes, rows of the block, kLanes], zeros behind K.
 template <class Shape>
-SLIGRU_HD void pack(const Linear& p) {
+SLIGRU_HD void pack(const Linear& p, float* packed) {
   const int64_t depth = padded(p.depth);
   for (int64_t row = 0; row < p.rows; ++row) {
     const int64_t block = row / Shape::kRows * Shape::kRows;
     const int64_t rows = std::min<int64_t>(Shape::kRows, p.rows - block);
     const float* from = p.x + row * p.x_row;
-    float* to = p.packed + block * depth + (row - block) * kLanes;
+    float* to = packed + block * depth + (row - block) * kLanes;
     for (int64_t k = 0; k < depth; k += kLanes, to += rows * kLanes) {
       const int64_t n = std::clamp<int64_t>(p.depth - k, 0, kLanes);
       std::copy(from + k, from + k + n, to);
@@ -113,8 +119,9 @@ SLIGRU_HD void add_block(const float* x, const float* w, int64_t w_row, int64_t 
 }
 
 template <int kRows, int kOutputs>
-SLIGRU_HD void tile(const Linear& p, int64_t row, int64_t output, Prefetch& prefetch) {
-  const float* x = p.packed + row * padded(p.depth);
+SLIGRU_HD void tile(const Linear& p, const float* packed, int64_t row, int64_t output,
+                    Prefetch& prefetch) {
+  const float* x = packed + row * padded(p.depth);
   const float* w = p.weight + output * p.depth;
   float* out = p.out + row * p.outputs + output;
   for (int n = 0; n < kRows; ++n)
@@ -126,44 +133,56 @@ SLIGRU_HD void tile(const Linear& p, int64_t row, int64_t output, Prefetch& pref
 
 // The rows from `row` on, in tiles of kRows and one of those that are left.
 template <int kRows, int kOutputs>
-SLIGRU_HD void tiles(const Linear& p, int64_t row, int64_t output, Prefetch& prefetch) {
-  for (; row + kRows <= p.rows; row += kRows) tile<kRows, kOutputs>(p, row, output, prefetch);
+SLIGRU_HD void tiles(const Linear& p, const float* packed, int64_t row, int64_t output,
+                     Prefetch& prefetch) {
+  for (; row + kRows <= p.rows; row += kRows)
+    tile<kRows, kOutputs>(p, packed, row, output, prefetch);
   if constexpr (kRows > 1)
-    if (row < p.rows) tiles<kRows - 1, kOutputs>(p, row, output, prefetch);
+    if (row < p.rows) tiles<kRows - 1, kOutputs>(p, packed, row, output, prefetch);
 }
 
 template <class Shape>
-SLIGRU_HD void linear_range(const Linear& p, int64_t begin, int64_t end) {  // of kOutputs each
+SLIGRU_HD void linear_range(const Linear& p, const float* packed, int64_t begin,
+                            int64_t end) {  // of kOutputs each
   constexpr int kRows = Shape::kRows, kOutputs = Shape::kOutputs;
   const int64_t lines = ceil_div(kOutputs, ceil_div(p.rows, kRows));
   for (int64_t i = begin; i < end; ++i) {
     const int64_t first = i * kOutputs, last = std::min(first + kOutputs, p.outputs);
     Prefetch prefetch = {p.weight + last * p.depth, lines};
     if (last == first + kOutputs) {
-      tiles<kRows, kOutputs>(p, 0, first, prefetch);
+      tiles<kRows, kOutputs>(p, packed, 0, first, prefetch);
     } else {
-      for (int64_t m = first; m < last; ++m) tiles<kRows, 1>(p, 0, m, prefetch);
+      for (int64_t m = first; m < last; ++m) tiles<kRows, 1>(p, packed, 0, m, prefetch);
     }
   }
 }
 
 VECTOR_CLONES
-void with_many_registers(const Linear& p, int64_t begin, int64_t end) {
-  linear_range<ManyRegisters>(p, begin, end);
+void with_many_registers(const Linear& p, const float* packed, int64_t begin, int64_t end) {
+  linear_range<ManyRegisters>(p, packed, begin, end);
 }
 VECTOR_CLONES
-void with_few_registers(const Linear& p, int64_t begin, int64_t end) {
-  linear_range<FewRegisters>(p, begin, end);
+void with_few_registers(const Linear& p, const float* packed, int64_t begin, int64_t end) {
+  linear_range<FewRegisters>(p, packed, begin, end);
 }
 
 }  // namespace
 
-int64_t packed_size(int64_t rows, int64_t depth) { return rows * padded(depth); }
+bool has_wide_vectors() {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return has;
+#else
+  return false;
+#endif
+}
 
 void linear(const Linear& p) {
   if (p.rows == 0 || p.outputs == 0) return;
   const bool many = has_many_registers();
-  many ? pack<ManyRegisters>(p) : pack<FewRegisters>(p);
+  const std::unique_ptr<Line[]> lines(new Line[p.rows * padded(p.depth) / kStep]);
+  float* packed = lines[0].values;
+  many ? pack<ManyRegisters>(p, packed) : pack<FewRegisters>(p, packed);
   const int64_t outputs = many ? ManyRegisters::kOutputs : FewRegisters::kOutputs;
   // So many multiply-adds cost about as much as an element of other kernels. To read a weight
   // costs some too.
@@ -171,7 +190,7 @@ void linear(const Linear& p) {
   const int64_t elements = std::max(p.rows, kOfReading) * p.depth * outputs / kMultiplyAdds;
   const auto kernel = many ? with_many_registers : with_few_registers;
   for_rows(0, ceil_div(p.outputs, outputs), elements,
-           [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+           [&](int64_t begin, int64_t end) { kernel(p, packed, begin, end); });
 }
 
 }  // namespace sb_fast_sligru::few_rows::cpu

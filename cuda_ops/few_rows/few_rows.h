@@ -18,11 +18,11 @@ struct Linear {
   const float* weight;           // [M, K]
   const float* bias;             // [M], or null
   float* out;                    // [N, M]
-  float* packed;                 // [packed_size], for x in the order in which it is read
 };
 
 namespace cpu {
-int64_t packed_size(int64_t rows, int64_t depth);
+// Of AVX2: without them a BLAS is faster.
+bool has_wide_vectors();
 void linear(const Linear& p);
 }  // namespace cpu
 

@@ -17,12 +17,10 @@ Tensor few_rows_linear(const Tensor& x, const Tensor& weight, OptionalTensor bia
   const Tensor rows = with_unit_last_stride(x),
                weights = checked_tensor("weight", weight, {M, K}, {ScalarType::Float}, x, "x");
   if (bias) bias = checked_tensor("bias", *bias, {M}, {ScalarType::Float}, x, "x");
-  const Tensor out = new_empty(x, {N, M}, ScalarType::Float),
-               packed = new_empty(x, {cpu::packed_size(N, K)}, ScalarType::Float);
+  const Tensor out = new_empty(x, {N, M}, ScalarType::Float);
   Linear p = {N, M, K, floats(rows), rows.stride(0), floats(weights)};
   p.bias = bias ? floats(*bias) : nullptr;
   p.out = static_cast<float*>(out.mutable_data_ptr());
-  p.packed = static_cast<float*>(packed.mutable_data_ptr());
   cpu::linear(p);
   return out;
 }

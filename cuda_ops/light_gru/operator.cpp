@@ -14,6 +14,7 @@
 
 #include <numeric>
 
+#include "few_rows/few_rows.h"
 #include "light_gru/choice.h"
 #include "light_gru/sweep.h"
 
@@ -23,7 +24,6 @@ namespace {
 // Rows in the order of their lengths, so that those whose sequences go on are always the first.
 class CpuSteps {
  public:
-  static constexpr bool kTransposedProduct = true;
   static constexpr int64_t kChunkBytes = int64_t{8} << 20;  // near the last-level cache
 
   explicit CpuSteps(const Inputs& in) : rows_(in.rows()) {
@@ -72,7 +72,22 @@ class CpuSteps {
 // To centre U takes as long as several steps: the forward pass, which may have one, centres U h.
 struct CpuForwardSteps : CpuSteps {
   using CpuSteps::CpuSteps;
+  // For more rows a BLAS is as fast, fastest when it writes r transposed.
+  static constexpr int64_t kFewRows = 16;
+
   Tensor recurrent_operand(const Inputs& in) const { return in.u; }
+  bool writes_transposed(const Inputs& in, int64_t rows) const {
+    return in.acc_type() != ScalarType::Float || rows > kFewRows ||
+           !few_rows::cpu::has_wide_vectors();
+  }
+  void product(const Tensor& operand, const Tensor& u_t, const Tensor& r) const {
+    few_rows::Linear p = {operand.size(0), u_t.size(1), u_t.size(0)};
+    p.x = static_cast<const float*>(operand.const_data_ptr());
+    p.x_row = operand.stride(0);
+    p.weight = static_cast<const float*>(u_t.const_data_ptr());
+    p.out = static_cast<float*>(r.mutable_data_ptr());
+    few_rows::cpu::linear(p);
+  }
 };
 
 // The CPU computes 16-bit problems in float32 throughout: rounding the operands would cost time,

@@ -10,7 +10,6 @@ namespace sb_fast_sligru {
 namespace {
 
 struct CudaSteps {
-  static constexpr bool kTransposedProduct = false;
   static constexpr int64_t kChunkBytes = int64_t{64} << 20;
 
   cudaStream_t stream;
@@ -26,7 +25,10 @@ struct CudaSteps {
   Tensor recurrent_operand(const Inputs& in) const {
     return sb_fast_sligru::recurrent_operand(in, stream);
   }
-
+  bool writes_transposed(const Inputs&, int64_t) const { return false; }
+  void product(const Tensor& operand, const Tensor& uc_t, const Tensor& r) const {
+    multiply(operand, uc_t, r);
+  }
   void forward_step(const ForwardStep& p, int64_t step) const {
     stepwise::forward_step(p, step, stream);
   }

@@ -48,17 +48,17 @@ Outputs forward_sweep(const Inputs& in, const Steps& steps) {
   steps.gather_previous(initial);
   const Tensor operand = in.operand_type == acc ? state : torch::stable::to(state, in.operand_type);
 
-  // r = operand Uc^T. BLAS on the CPU is fastest when it writes r transposed.
+  // r = operand Uc^T, or its transpose.
   const Tensor uc_t = torch::stable::transpose(uc, 0, 1);
   Tensor r = new_empty(in.wx, {R * 2 * H}, acc);
   ViewOfRows operand_of([&](int64_t rows) {
     Tensor active = operand;
     active = torch::stable::narrow(active, 0, 0, rows);
-    return Steps::kTransposedProduct ? torch::stable::transpose(active, 0, 1) : active;
+    return steps.writes_transposed(in, rows) ? torch::stable::transpose(active, 0, 1) : active;
   });
   ViewOfRows r_of([&](int64_t rows) {
     const std::vector<int64_t> sizes =
-        Steps::kTransposedProduct ? std::vector{2 * H, rows} : std::vector{rows, 2 * H};
+        steps.writes_transposed(in, rows) ? std::vector{2 * H, rows} : std::vector{rows, 2 * H};
     return torch::stable::view(torch::stable::narrow(r, 0, 0, rows * 2 * H), sizes);
   });
   ForwardStep p = {};
@@ -71,12 +71,13 @@ Outputs forward_sweep(const Inputs& in, const Steps& steps) {
   p.rho = rho.mutable_data_ptr();
   for (int64_t n = 0; n < T && steps.active_rows(n) > 0; ++n) {
     p.rows = steps.active_rows(n);
-    p.r_row_stride = Steps::kTransposedProduct ? 1 : 2 * H;
-    p.r_unit_stride = Steps::kTransposedProduct ? p.rows : 1;
-    if (Steps::kTransposedProduct) {
+    const bool transposed = steps.writes_transposed(in, p.rows);
+    p.r_row_stride = transposed ? 1 : 2 * H;
+    p.r_unit_stride = transposed ? p.rows : 1;
+    if (transposed) {
       multiply(uc, operand_of(p.rows), r_of(p.rows));
     } else {
-      multiply(operand_of(p.rows), uc_t, r_of(p.rows));
+      steps.product(operand_of(p.rows), uc_t, r_of(p.rows));
     }
     steps.forward_step(p, n);
   }

@@ -215,6 +215,22 @@ def test_error_is_no_worse_than_the_loop(name, device, precision, option, bidire
     assert_no_worse_than_the_loop(name, device, precision, arguments)
 
 
+def shape_id(shape):
+    return "B{}-T{}-H{}".format(*shape)
+
+
+# Rows at and beside those for which a CPU takes another product.
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape", [(1, 30, 512), (2, 9, 100), (7, 9, 33), (16, 9, 64), (17, 9, 64)], ids=shape_id
+)
+@pytest.mark.parametrize("option", ["sligru-h0-mask", "sligru-affine-h0", "ligru-h0"])
+@each_direction
+def test_few_rows_on_a_cpu(precision, shape, option, bidirectional):
+    arguments = make_inputs(shape, option, bidirectional)
+    assert_no_worse_than_the_loop("cpu", "cpu", precision, arguments)
+
+
 # H in steps of 8 from 16, at and beside the sizes that kernels pad to; rows that leave clusters
 # partly filled, or take several waves of them.
 CLUSTER_SHAPES = [
@@ -228,10 +244,6 @@ CLUSTER_SHAPES = [
     (9, 3, 520),
     (61, 4, 1024),
 ]
-
-
-def shape_id(shape):
-    return "B{}-T{}-H{}".format(*shape)
 
 
 @pytest.mark.gpu
@@ -530,6 +542,29 @@ def test_same_input_same_bits(name, device, dtype):
     dtype = torch.float32 if dtype == torch.float64 else dtype
     for option in ("sligru-affine-h0", *LENGTHS):
         assert_same_bits(name, (7, 50, 40), option, device, dtype)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="a BLAS, which promises neither, has the products of a CPU without AVX2",
+)
+@pytest.mark.parametrize("option", ["sligru-affine-h0", "ligru-h0"])
+def test_few_rows_have_the_same_bits_with_any_number_of_threads_and_other_rows(option):
+    arguments = make_inputs((11, 20, 512), option, bidirectional=False) | {"h0": None}
+    before = torch.get_num_threads()
+    tensors, options = operator_arguments(arguments, "cpu", "cpu", torch.float32)
+    wx, *others = tensors
+    try:
+        torch.set_num_threads(1)
+        expected = torch.ops.sb_fast_sligru.light_gru(*tensors, *options)[0]
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(torch.ops.sb_fast_sligru.light_gru(*tensors, *options)[0], expected)
+            for rows in (1, 2, 5):
+                part = torch.ops.sb_fast_sligru.light_gru(wx[-rows:], *others, *options)[0]
+                assert torch.equal(part, expected[-rows:])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.gpu
