@@ -62,6 +62,7 @@ def _light_gru(
     ln_weight,
     ln_bias,
     lengths,
+    packed_time,
     layer_norm,
     eps,
     activation,

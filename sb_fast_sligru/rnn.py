@@ -57,29 +57,29 @@ class _LightGRULayer:
         x: torch.Tensor,
         hx: torch.Tensor | None = None,
         steps: torch.Tensor | None = None,
-        frames: torch.Tensor | None = None,
+        time: int | None = None,
     ) -> torch.Tensor:
         """Run the layer over whole sequences.
 
         Arguments
         ---------
         x : torch.Tensor
-            Input, [B, T, F].
+            Input, [B, T, F] or, packed, [frames, F]: the sequences one after the other, without
+            padding.
         hx : torch.Tensor
             Initial hidden state, [R, H], [1, H] or [H], where R is B, or 2B if bidirectional, the
             rows of the forward direction first. The buffer ``h_init`` (zeros) if not given.
         steps : torch.Tensor
             Steps of each sequence, integers, [B]; T if not given. What follows is padding.
-        frames : torch.Tensor
-            Where the steps of all sequences lie among the BT of the batch, [sum of steps], as
-            :func:`valid_frames` tells: the norm then sees those alone. Every step if not given.
+        time : int
+            Of packed sequences: T, which no sequence exceeds. The norm then sees no padding.
 
         Returns
         -------
         h : torch.Tensor
             Hidden states, [B, T, H], or [B, T, 2H] if bidirectional: those of the forward
             direction, then those of the backward one, both in the input's order of time. Zero in
-            padding.
+            padding. Packed as `x` is.
 
         Raises
         ------
@@ -89,7 +89,9 @@ class _LightGRULayer:
         RuntimeError
             If a compiled backend is forced and a part of the layer was replaced or has hooks.
         """
-        rows = _check_shapes(x, hx, self.input_size, self.hidden_size, self.bidirectional)
+        rows = _check_shapes(
+            x, hx, steps, time, self.input_size, self.hidden_size, self.bidirectional
+        )
         if not torch.jit.is_scripting():
             obstacle = self._obstacle()
             if obstacle and steps is not None:
@@ -97,13 +99,9 @@ class _LightGRULayer:
             if obstacle:
                 return self._run_loop(x, hx, obstacle)
         h0 = self.h_init if hx is None else hx.reshape(-1, self.hidden_size)
-        inputs = x if frames is None else x.flatten(0, 1).index_select(0, frames)
-        wx = self.w(inputs) if torch.jit.is_scripting() else self._project(inputs)
+        wx = self.w(x) if torch.jit.is_scripting() else self._project(x)
         wx = self._normalise(wx)
-        if frames is not None:
-            padded = wx.new_zeros(x.shape[0] * x.shape[1], wx.shape[1])
-            wx = padded.index_copy(0, frames, wx).view(x.shape[0], x.shape[1], -1)
-        return self._recurrence(wx, h0, self._draw_drop_mask(rows), steps)
+        return self._recurrence(wx, h0, self._draw_drop_mask(rows), steps, time)
 
     @torch.jit.unused
     def _project(self, x: torch.Tensor) -> torch.Tensor:
@@ -213,6 +211,7 @@ class SLiGRU_Layer(_LightGRULayer, stock.SLiGRU_Layer):
         h0: torch.Tensor,
         drop_mask: torch.Tensor | None,
         steps: torch.Tensor | None,
+        time: int | None,
     ) -> torch.Tensor:
         return _light_gru(
             wx,
@@ -226,6 +225,7 @@ class SLiGRU_Layer(_LightGRULayer, stock.SLiGRU_Layer):
             self.layer_norm.eps,
             self.activation,
             self.bidirectional,
+            time,
         )
 
 
@@ -241,6 +241,7 @@ class LiGRU_Layer(_LightGRULayer, stock.LiGRU_Layer):
         h0: torch.Tensor,
         drop_mask: torch.Tensor | None,
         steps: torch.Tensor | None,
+        time: int | None,
     ) -> torch.Tensor:
         return _light_gru(
             wx,
@@ -254,6 +255,7 @@ class LiGRU_Layer(_LightGRULayer, stock.LiGRU_Layer):
             1e-5,
             self.activation,
             self.bidirectional,
+            time,
         )
 
 
@@ -300,11 +302,19 @@ class _LightGRU:
         if self.reshape and x.ndim == 4:
             x = x.flatten(2)
         steps: torch.Tensor | None = None
+        ends: torch.Tensor | None = None  # of each sequence the last frame
         frames: torch.Tensor | None = None
+        time: int | None = None
+        batch, padded_time = x.shape[0], x.shape[1]
         if lengths is not None:
-            steps = count_steps(lengths, x.shape[0], x.shape[1])
-            if self.training:
-                frames = valid_frames(steps, x.shape[1])
+            steps = count_steps(lengths, batch, padded_time)
+            if self.training:  # packed: nothing is computed of padding
+                frames = valid_frames(steps, padded_time)
+                x = x.flatten(0, 1).index_select(0, frames)
+                time = padded_time
+                ends = steps.cumsum(0) - 1
+            else:
+                ends = torch.arange(batch, device=x.device) * padded_time + steps - 1
         # SpeechBrain's own loop reshapes a matrix of hidden states, which gives torch.compile and
         # torch.export a condition on the batch; and the batch of a bidirectional `hx` is that of
         # `input_shape`.
@@ -312,12 +322,14 @@ class _LightGRU:
             hx = hx.reshape(self.num_layers, -1, self.hidden_size)
         last = []
         for i, layer in enumerate(self.rnn):
-            x = layer(x, None if hx is None else hx[i], steps, frames)
-            if steps is None:
+            x = layer(x, None if hx is None else hx[i], steps, time)
+            if ends is None:
                 last.append(x[:, -1])
             else:
-                ends = (steps - 1)[:, None, None].expand(-1, 1, x.shape[2])
-                last.append(x.gather(1, ends).squeeze(1))
+                last.append(x.flatten(0, -2).index_select(0, ends))
+        if frames is not None:
+            padded = x.new_zeros(batch * padded_time, x.shape[1]).index_copy(0, frames, x)
+            x = padded.view(batch, padded_time, -1)
         h = torch.stack(last, dim=1)
         if self.bidirectional:
             return x, h.flatten().view(2 * h.shape[1], h.shape[0], self.hidden_size)
@@ -414,6 +426,8 @@ def count_steps(lengths: torch.Tensor, batch: int, time: int) -> torch.Tensor:
     >>> count_steps(torch.tensor([1.0, 0.5]), 2, 7)
     tensor([7, 4])
     """
+    if time < 1:
+        raise ValueError("x must have at least one time step")
     if not isinstance(lengths, torch.Tensor) or not lengths.is_floating_point():
         found = lengths.dtype if isinstance(lengths, torch.Tensor) else type(lengths).__name__
         raise ValueError(f"lengths must be a tensor of relative lengths, floats, but got {found}")
@@ -456,15 +470,32 @@ def valid_frames(steps: torch.Tensor, time: int) -> torch.Tensor:
 
 @torch.jit.ignore
 def _check_shapes(
-    x: torch.Tensor, hx: torch.Tensor | None, features: int, hidden: int, bidirectional: bool
+    x: torch.Tensor,
+    hx: torch.Tensor | None,
+    steps: torch.Tensor | None,
+    time: int | None,
+    features: int,
+    hidden: int,
+    bidirectional: bool,
 ) -> int:
     """Return the number of recurrent rows R, or raise ValueError."""
-    if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != features:
-        raise ValueError(
-            f"x must be [batch, time, {features}] with at least one time step, "
-            f"but its shape is {list(x.shape)}"
-        )
-    rows = x.shape[0] * (2 if bidirectional else 1)
+    batch = x.shape[0]
+    if time is None:
+        if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != features:
+            raise ValueError(
+                f"x must be [batch, time, {features}] with at least one time step, "
+                f"but its shape is {list(x.shape)}"
+            )
+    else:
+        if x.ndim != 2 or x.shape[1] != features:
+            raise ValueError(
+                f"x must be [frames, {features}], since time is given, "
+                f"but its shape is {list(x.shape)}"
+            )
+        if steps is None:
+            raise ValueError("steps must be given where time is")
+        batch = steps.shape[0]
+    rows = batch * (2 if bidirectional else 1)
     if hx is not None and list(hx.shape) not in ([rows, hidden], [1, hidden], [hidden]):
         raise ValueError(
             f"hx must be [{rows}, {hidden}] for each layer, or [1, {hidden}] or [{hidden}] for all "
@@ -486,6 +517,7 @@ def _light_gru(
     eps: float,
     activation: str,
     bidirectional: bool,
+    time: int | None,
 ) -> torch.Tensor:
     """Call the operator. From torch.jit.script this works with types and without keywords only."""
     return ops.light_gru(
@@ -500,6 +532,7 @@ def _light_gru(
         activation=activation,
         bidirectional=bidirectional,
         eps=eps,
+        time=time,
     )
 
 

@@ -55,10 +55,11 @@ SLIGRU_HD void forward_rows(const ForwardStep& p, int64_t step, int64_t begin, i
       at<T>(p.rho, row * layer.time)[t] = rho;
       normalise_row(y, rho, at<T>(layer.ln_weight, 0), at<T>(layer.ln_bias, 0), 2 * H, y);
     }
-    const T* wx = at<T>(layer.wx, b * layer.wx_batch_stride + t * layer.wx_time_stride);
+    const T* wx =
+        at<T>(layer.wx, layer.element_of(b, t, layer.wx_batch_stride, layer.wx_time_stride));
     copy_or_fill(at<T>(layer.drop_mask, row * H), T(1), H, mask);
     T* state = at<T>(p.state, i * H);
-    T* h = at<T>(p.h, ((b * layer.time + t) * D + direction) * H);
+    T* h = at<T>(p.h, (layer.frame_of(b, t) * D + direction) * H);
 #pragma omp simd
     for (int64_t j = 0; j < H; ++j) {
       const T c = Act::value(wx[j] + y[j]) * mask[j];
@@ -89,15 +90,17 @@ SLIGRU_HD void backward_rows(const BackwardStep& p, int64_t step, int64_t begin,
 
     const T* h_previous =
         step == 0 ? at<T>(layer.h0, row * H)
-                  : at<T>(p.h, ((b * layer.time + t + towards_start) * D + direction) * H);
+                  : at<T>(p.h, (layer.frame_of(b, t + towards_start) * D + direction) * H);
     copy_or_fill(h_previous, T(0), H, previous);
     copy_or_fill(at<T>(layer.drop_mask, row * H), T(1), H, mask);
     const T* weight = at<T>(layer.ln_weight, 0);
     normalise_row(r, rho, weight, at<T>(layer.ln_bias, 0), N, y);
 
-    const T* wx = at<T>(layer.wx, b * layer.wx_batch_stride + t * layer.wx_time_stride);
+    const T* wx =
+        at<T>(layer.wx, layer.element_of(b, t, layer.wx_batch_stride, layer.wx_time_stride));
     const T* grad_h =
-        at<T>(p.grad_h, b * p.grad_h_batch_stride + t * p.grad_h_time_stride + direction * H);
+        at<T>(p.grad_h,
+              layer.element_of(b, t, p.grad_h_batch_stride, p.grad_h_time_stride) + direction * H);
     const T* product = at<T>(p.product, i * H);
     T* base = at<T>(p.base, i * H);
     T* e = at<T>(p.e, i * N);
@@ -113,7 +116,7 @@ SLIGRU_HD void backward_rows(const BackwardStep& p, int64_t step, int64_t begin,
     }
 
     if (p.grad_wx != nullptr) {
-      T* grad_wx = at<T>(p.grad_wx, (b * layer.time + t) * N);
+      T* grad_wx = at<T>(p.grad_wx, layer.frame_of(b, t) * N);
       // Two directions share wx: whichever comes to this time second adds to what the first wrote.
       const bool second = D == 2 && (direction == 0 ? t < length - 1 - t : t >= length - 1 - t);
       if (second) {
@@ -201,7 +204,7 @@ void gather_steps(const GatherPrevious& p) {
       if (step > 0) {
         const int64_t t = layer.time_of(row, step - 1);
         from = at<T>(
-            p.h, ((row % layer.batch * layer.time + t) * layer.directions + row / layer.batch) * H);
+            p.h, (layer.frame_of(row % layer.batch, t) * layer.directions + row / layer.batch) * H);
       }
       copy_or_fill(from, T(0), H, at<T>(p.previous, i * H));
     }

@@ -29,10 +29,15 @@ class CpuSteps {
   explicit CpuSteps(const Inputs& in) : rows_(in.rows()) {
     if (!in.lengths) return;
     const int32_t* lengths = in.lengths->const_data_ptr<int32_t>();
+    int64_t frames = 0;
     for (int64_t b = 0; b < in.batch(); ++b) {
       STD_TORCH_CHECK(lengths[b] >= 0 && lengths[b] <= in.time(), "lengths: got ", lengths[b],
                       ", expected 0 to T = ", in.time());
+      if (in.packed()) starts_.push_back(static_cast<int32_t>(frames));
+      frames += lengths[b];
     }
+    STD_TORCH_CHECK(!in.packed() || frames == in.wx.size(0), "lengths: their sum is ", frames,
+                    ", expected that of the frames of wx, ", in.wx.size(0));
     const auto length_of = [&](int32_t row) { return lengths[row % in.batch()]; };
     order_.resize(rows_);
     std::iota(order_.begin(), order_.end(), 0);
@@ -47,7 +52,13 @@ class CpuSteps {
     }
   }
 
-  const int32_t* order() const { return order_.empty() ? nullptr : order_.data(); }
+  // A layer as its steps see it.
+  Recurrence layer(const Inputs& in) const {
+    Recurrence layer = in.recurrence();
+    if (in.lengths) layer.order = order_.data();
+    if (in.packed()) layer.starts = starts_.data();
+    return layer;
+  }
   int64_t active_rows(int64_t step) const { return active_.empty() ? rows_ : active_[step]; }
   bool directions_meet(const Inputs& in, int64_t step) const {
     return directions_meet_.empty() ? 2 * step + 1 == in.time() : directions_meet_[step];
@@ -64,7 +75,7 @@ class CpuSteps {
 
  private:
   int64_t rows_;
-  std::vector<int32_t> order_;
+  std::vector<int32_t> order_, starts_;
   std::vector<int64_t> active_;        // rows a step
   std::vector<bool> directions_meet_;  // of any sequence, in the step
 };
@@ -148,12 +159,14 @@ std::tuple<std::string, int64_t, int64_t, int64_t, std::string> light_gru_kernel
 STABLE_TORCH_LIBRARY_FRAGMENT(sb_fast_sligru, m) {
   m.def(
       "light_gru(Tensor wx, Tensor u, Tensor? h0, Tensor? drop_mask, Tensor? ln_weight, "
-      "Tensor? ln_bias, Tensor? lengths, bool layer_norm, float eps, str activation, bool "
+      "Tensor? ln_bias, Tensor? lengths, SymInt? packed_time, bool layer_norm, float eps, str "
+      "activation, bool "
       "bidirectional, "
       "str operand_dtype, str backend) -> (Tensor h, Tensor rho)");
   m.def(
       "light_gru_backward(Tensor grad_h, Tensor wx, Tensor u, Tensor? h0, Tensor? drop_mask, "
-      "Tensor? ln_weight, Tensor? ln_bias, Tensor? lengths, bool layer_norm, float eps, "
+      "Tensor? ln_weight, Tensor? ln_bias, Tensor? lengths, SymInt? packed_time, bool layer_norm, "
+      "float eps, "
       "str activation, bool bidirectional, str operand_dtype, str backend, Tensor h, Tensor rho, "
       "bool need_wx, bool need_u, bool need_h0, bool need_ln) "
       "-> (Tensor grad_wx, Tensor grad_u, Tensor grad_h0, Tensor grad_ln_weight, "

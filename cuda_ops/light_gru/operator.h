@@ -11,14 +11,16 @@ namespace sb_fast_sligru {
 struct Inputs {
   Tensor wx, u;
   OptionalTensor h0, drop_mask, ln_weight, ln_bias, lengths;
+  std::optional<int64_t> packed_time;  // T, if the sequences are packed
   bool layer_norm;
   double eps;
   Activation activation;
   bool bidirectional;
   ScalarType operand_type;
 
-  int64_t batch() const { return wx.size(0); }
-  int64_t time() const { return wx.size(1); }
+  bool packed() const { return packed_time.has_value(); }
+  int64_t batch() const { return packed() ? lengths->size(0) : wx.size(0); }
+  int64_t time() const { return packed() ? *packed_time : wx.size(1); }
   int64_t hidden() const { return u.size(1); }
   int64_t directions() const { return bidirectional ? 2 : 1; }
   int64_t rows() const { return batch() * directions(); }
@@ -37,19 +39,29 @@ struct Inputs {
     layer.operand_type = dtype_of(operand_type);
     layer.output_type = dtype_of(u.scalar_type());
     layer.wx = wx.const_data_ptr();
-    layer.wx_batch_stride = wx.stride(0);
-    layer.wx_time_stride = wx.stride(1);
+    layer.wx_batch_stride = packed() ? 0 : wx.stride(0);
+    layer.wx_time_stride = wx.stride(wx.dim() - 2);
     layer.h0 = pointer(h0);
     layer.drop_mask = pointer(drop_mask);
     layer.ln_weight = pointer(ln_weight);
     layer.ln_bias = pointer(ln_bias);
     layer.lengths = static_cast<const int32_t*>(pointer(lengths));
+    layer.frames = packed() ? wx.size(0) : batch() * time();
     return layer;
   }
 
-  // For a result of every step: zeros where padding stays, if there may be any.
-  Tensor new_sequence(std::vector<int64_t> sizes, ScalarType type) const {
-    return lengths ? new_zeros(wx, sizes, type) : new_empty(wx, sizes, type);
+  // [B, T, n] or, packed, [frames, n].
+  std::vector<int64_t> frame_sizes(int64_t n) const {
+    return packed() ? std::vector{wx.size(0), n} : std::vector{batch(), time(), n};
+  }
+  // For results of all frames: zeros where padding stays, if there may be any.
+  Tensor new_frames(int64_t n, ScalarType type) const {
+    return lengths && !packed() ? new_zeros(wx, frame_sizes(n), type)
+                                : new_empty(wx, frame_sizes(n), type);
+  }
+  Tensor new_rho() const {
+    const std::vector<int64_t> sizes{layer_norm ? rows() : 0, time()};
+    return lengths ? new_zeros(wx, sizes, acc_type()) : new_empty(wx, sizes, acc_type());
   }
 };
 
@@ -94,14 +106,20 @@ inline void check_optional(const char* name, OptionalTensor& t, std::vector<int6
 // Raises for a bad argument; makes contiguous what has to be.
 inline Inputs check_inputs(const Tensor& wx, const Tensor& u, OptionalTensor h0,
                            OptionalTensor drop_mask, OptionalTensor ln_weight,
-                           OptionalTensor ln_bias, OptionalTensor lengths, bool layer_norm,
-                           double eps, const std::string& activation, bool bidirectional,
+                           OptionalTensor ln_bias, OptionalTensor lengths,
+                           std::optional<int64_t> packed_time, bool layer_norm, double eps,
+                           const std::string& activation, bool bidirectional,
                            const std::string& operand_dtype) {
-  STD_TORCH_CHECK(wx.dim() == 3, "wx: got ", describe(wx), ", expected [B, T, 2H]");
+  STD_TORCH_CHECK(packed_time ? wx.dim() == 2 : wx.dim() == 3, "wx: got ", describe(wx),
+                  packed_time ? ", expected [frames, 2H]" : ", expected [B, T, 2H]");
+  STD_TORCH_CHECK(!packed_time || (lengths.has_value() && lengths->dim() == 1),
+                  "lengths: required, [B], of packed sequences");
+  STD_TORCH_CHECK(!packed_time || *packed_time >= 0, "packed_time: got ", packed_time.value_or(0));
   STD_TORCH_CHECK(u.dim() == 2 && u.size(0) == 2 * u.size(1) && u.size(1) > 0, "u: got ",
                   describe(u), ", expected [2H, H]");
-  STD_TORCH_CHECK(wx.size(2) == u.size(0), "wx: its last axis is ", wx.size(2),
-                  ", expected 2H = ", u.size(0), " as given by u");
+  const int64_t width = wx.size(wx.dim() - 1);
+  STD_TORCH_CHECK(width == u.size(0), "wx: its last axis is ", width, ", expected 2H = ", u.size(0),
+                  " as given by u");
   STD_TORCH_CHECK(u.device() == wx.device(), "u: must be on the device of wx");
   const ScalarType operand_type = type_named("operand_dtype", operand_dtype);
   const bool half = operand_type == ScalarType::BFloat16 || operand_type == ScalarType::Half;
@@ -121,6 +139,7 @@ inline Inputs check_inputs(const Tensor& wx, const Tensor& u, OptionalTensor h0,
   in.ln_weight = std::move(ln_weight);
   in.ln_bias = std::move(ln_bias);
   in.lengths = std::move(lengths);
+  in.packed_time = packed_time;
   in.layer_norm = layer_norm;
   in.eps = eps;
   in.activation = parse_activation(activation);
@@ -139,8 +158,7 @@ inline Inputs check_inputs(const Tensor& wx, const Tensor& u, OptionalTensor h0,
 inline void check_saved(const Inputs& in, const Saved& saved) {
   for (const auto& [name, t] :
        {std::pair<const char*, const Tensor&>{"grad_h", saved.grad_h}, {"h", saved.h}}) {
-    STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == in.batch() && t.size(1) == in.time() &&
-                        t.size(2) == in.directions() * in.hidden() &&
+    STD_TORCH_CHECK(sizes_of(t) == in.frame_sizes(in.directions() * in.hidden()) &&
                         t.scalar_type() == in.u.scalar_type(),
                     name, ": got ", describe(t), ", expected what the forward returned as h");
   }
@@ -158,25 +176,25 @@ template <class Implementation>
 struct Operator {
   static Outputs forward(const Tensor& wx, const Tensor& u, OptionalTensor h0,
                          OptionalTensor drop_mask, OptionalTensor ln_weight, OptionalTensor ln_bias,
-                         OptionalTensor lengths, bool layer_norm, double eps,
-                         std::string activation, bool bidirectional, std::string operand_dtype,
-                         std::string backend) {
+                         OptionalTensor lengths, std::optional<int64_t> packed_time,
+                         bool layer_norm, double eps, std::string activation, bool bidirectional,
+                         std::string operand_dtype, std::string backend) {
     const Inputs in = check_inputs(wx, u, std::move(h0), std::move(drop_mask), std::move(ln_weight),
-                                   std::move(ln_bias), std::move(lengths), layer_norm, eps,
-                                   activation, bidirectional, operand_dtype);
+                                   std::move(ln_bias), std::move(lengths), packed_time, layer_norm,
+                                   eps, activation, bidirectional, operand_dtype);
     return Implementation::forward(backend, in);
   }
 
   static Gradients backward(const Tensor& grad_h, const Tensor& wx, const Tensor& u,
                             OptionalTensor h0, OptionalTensor drop_mask, OptionalTensor ln_weight,
-                            OptionalTensor ln_bias, OptionalTensor lengths, bool layer_norm,
-                            double eps, std::string activation, bool bidirectional,
-                            std::string operand_dtype, std::string backend, const Tensor& h,
-                            const Tensor& rho, bool need_wx, bool need_u, bool need_h0,
-                            bool need_ln) {
+                            OptionalTensor ln_bias, OptionalTensor lengths,
+                            std::optional<int64_t> packed_time, bool layer_norm, double eps,
+                            std::string activation, bool bidirectional, std::string operand_dtype,
+                            std::string backend, const Tensor& h, const Tensor& rho, bool need_wx,
+                            bool need_u, bool need_h0, bool need_ln) {
     const Inputs in = check_inputs(wx, u, std::move(h0), std::move(drop_mask), std::move(ln_weight),
-                                   std::move(ln_bias), std::move(lengths), layer_norm, eps,
-                                   activation, bidirectional, operand_dtype);
+                                   std::move(ln_bias), std::move(lengths), packed_time, layer_norm,
+                                   eps, activation, bidirectional, operand_dtype);
     const Saved saved{grad_h, h, rho};
     check_saved(in, saved);
     return Implementation::backward(backend, in, saved, Needs{need_wx, need_u, need_h0, need_ln});

@@ -4,39 +4,51 @@
 #include "light_gru/operand.h"
 #include "light_gru/operator.h"
 #include "light_gru/persistent/sweep.h"
+#include "light_gru/places.h"
 #include "light_gru/sweep.h"
 
 namespace sb_fast_sligru {
 namespace {
 
-struct CudaSteps {
+class CudaSteps {
+ public:
   static constexpr int64_t kChunkBytes = int64_t{64} << 20;
 
-  cudaStream_t stream;
-  int64_t rows;
+  CudaSteps(const Inputs& in, cudaStream_t stream)
+      : stream_(stream), rows_(in.rows()), places_(in, stream) {}
 
+  // Rows as they are.
+  Recurrence layer(const Inputs& in) const {
+    Recurrence layer = in.recurrence();
+    layer.starts = places_.starts();
+    return layer;
+  }
   // The lengths are on the GPU: any row may go on, in any step the directions may meet.
-  const int32_t* order() const { return nullptr; }
-  int64_t active_rows(int64_t) const { return rows; }
+  int64_t active_rows(int64_t) const { return rows_; }
   bool directions_meet(const Inputs& in, int64_t step) const {
     return in.lengths.has_value() || 2 * step + 1 == in.time();
   }
 
   Tensor recurrent_operand(const Inputs& in) const {
-    return sb_fast_sligru::recurrent_operand(in, stream);
+    return sb_fast_sligru::recurrent_operand(in, stream_);
   }
   bool writes_transposed(const Inputs&, int64_t) const { return false; }
   void product(const Tensor& operand, const Tensor& uc_t, const Tensor& r) const {
     multiply(operand, uc_t, r);
   }
   void forward_step(const ForwardStep& p, int64_t step) const {
-    stepwise::forward_step(p, step, stream);
+    stepwise::forward_step(p, step, stream_);
   }
-  void gather_previous(const GatherPrevious& p) const { stepwise::gather_previous(p, stream); }
+  void gather_previous(const GatherPrevious& p) const { stepwise::gather_previous(p, stream_); }
   void backward_step(const BackwardStep& p, int64_t step) const {
-    stepwise::backward_step(p, step, stream);
+    stepwise::backward_step(p, step, stream_);
   }
-  void finish_carry(const FinishCarry& p) const { stepwise::finish_carry(p, stream); }
+  void finish_carry(const FinishCarry& p) const { stepwise::finish_carry(p, stream_); }
+
+ private:
+  cudaStream_t stream_;
+  int64_t rows_;
+  Places places_;
 };
 
 // The kernel for a pass; throws where `backend` is none of CUDA's or cannot take the layer.
@@ -56,7 +68,7 @@ struct Cuda {
     const OnDeviceOf device(in.wx);
     const KernelChoice choice = choose_kernel(backend, in, Direction::kForward);
     if (choice.kernel == Kernel::kStepwise)
-      return forward_sweep(in, CudaSteps{device.stream(), in.rows()});
+      return forward_sweep(in, CudaSteps(in, device.stream()));
     return persistent_forward(aligned(in), choice, device.stream());
   }
 
@@ -65,7 +77,7 @@ struct Cuda {
     const OnDeviceOf device(in.wx);
     const KernelChoice choice = choose_kernel(backend, in, Direction::kBackward);
     if (choice.kernel == Kernel::kStepwise)
-      return backward_sweep(in, saved, needs, CudaSteps{device.stream(), in.rows()});
+      return backward_sweep(in, saved, needs, CudaSteps(in, device.stream()));
     return persistent_backward(aligned(in), saved, needs, choice, device.stream());
   }
 };

@@ -7,7 +7,9 @@
 
 namespace sb_fast_sligru {
 
-// Fills order [R], Recurrence::order of a layer that has lengths.
-cudaError_t order_rows(const Recurrence& layer, int32_t* order, cudaStream_t stream);
+// Fills order [R], Recurrence::order of a layer that has lengths, and starts [B], Recurrence::starts,
+// unless it is null.
+cudaError_t order_rows(const Recurrence& layer, int32_t* order, int32_t* starts,
+                       cudaStream_t stream);
 
 }  // namespace sb_fast_sligru

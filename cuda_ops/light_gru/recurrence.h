@@ -5,7 +5,8 @@
 // Axes: B batch, T time, H hidden units, D directions (1 or 2), R = D * B rows, forward rows first.
 // Row r belongs to direction r / B and batch entry r % B, a sequence of L <= T steps. Step n of a row
 // is time n (forward direction) or L - 1 - n (backward direction); what lies from time L on is padding:
-// never read, and zero in the results. A row of 2H holds the candidate's H values, then the update
+// never read, and zero in the results. Or sequences are packed, one after the other without padding:
+// [frames, n] then takes the place of [B, T, n], and T is but a bound of L. A row of 2H holds the candidate's H values, then the update
 // gate's. "acc" is the accumulation type: double for double, float for everything else.
 #pragma once
 
@@ -26,22 +27,33 @@ struct Recurrence {
   DType operand_type;  // of what enters a matrix product
   DType output_type;   // of h and of its gradient
 
-  const void* wx;  // [B, T, 2H] of wx_type, unit stride in the last axis
-  int64_t wx_batch_stride, wx_time_stride;
-  const void* h0;          // [R, H] acc, or null for zeros
-  const void* drop_mask;   // [R, H] acc, or null for ones
-  const void* ln_weight;   // [2H] acc, or null for ones
-  const void* ln_bias;     // [2H] acc, or null for zeros
-  const int32_t* lengths;  // [B] steps of each sequence, or null for T
-  const int32_t* order;    // [R] rows, those of longer sequences first, or null for any order
+  const void* wx;                           // [B, T, 2H] of wx_type, unit stride in the last axis
+  int64_t wx_batch_stride, wx_time_stride;  // packed: the former is not used
+  const void* h0;                           // [R, H] acc, or null for zeros
+  const void* drop_mask;                    // [R, H] acc, or null for ones
+  const void* ln_weight;                    // [2H] acc, or null for ones
+  const void* ln_bias;                      // [2H] acc, or null for zeros
+  const int32_t* lengths;                   // [B] steps of each sequence, or null for T
+  const int32_t* starts;  // [B] of each sequence its first frame, if they are packed, or null
+  int64_t frames;         // of all sequences, if they are packed
+  const int32_t* order;   // [R] rows, those of longer sequences first, or null for any order
 
   SLIGRU_HD int64_t rows() const { return batch * directions; }
   SLIGRU_HD int64_t row_at(int64_t slot) const { return order == nullptr ? slot : order[slot]; }
   SLIGRU_HD int64_t length_of(int64_t row) const {
     if (lengths == nullptr) return time;
-    const int64_t length = lengths[row < batch ? row : row - batch];
-    return length < 0 ? 0 : length < time ? length : time;
+    const int64_t b = row < batch ? row : row - batch, length = lengths[b];
+    int64_t most = time;
+    if (starts != nullptr && frames - starts[b] < most) most = frames - starts[b];
+    return length < most ? (length < 0 ? 0 : length) : (most < 0 ? 0 : most);
   }
+  // The element of an array of such strides that begins frame t of sequence b.
+  SLIGRU_HD int64_t element_of(int64_t b, int64_t t, int64_t batch_stride,
+                               int64_t time_stride) const {
+    return starts == nullptr ? b * batch_stride + t * time_stride : (starts[b] + t) * time_stride;
+  }
+  // The same frame's number in a contiguous array.
+  SLIGRU_HD int64_t frame_of(int64_t b, int64_t t) const { return element_of(b, t, time, 1); }
   SLIGRU_HD int64_t time_of(int64_t row, int64_t step) const {
     return row < batch ? step : length_of(row) - 1 - step;
   }

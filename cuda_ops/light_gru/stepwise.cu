@@ -66,11 +66,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardStep p, 
     rho = Acc(1) / sqrt(squares / Acc(2 * H) + Acc(layer.eps));
     if (threadIdx.x == 0) static_cast<Acc*>(p.rho)[row * layer.time + t] = rho;
   }
-  const Wx* wx =
-      static_cast<const Wx*>(layer.wx) + b * layer.wx_batch_stride + t * layer.wx_time_stride;
+  const Wx* wx = static_cast<const Wx*>(layer.wx) +
+                 layer.element_of(b, t, layer.wx_batch_stride, layer.wx_time_stride);
   Acc* state = static_cast<Acc*>(p.state) + row * H;
   Operand* operand = static_cast<Operand*>(p.operand) + row * H;
-  Output* h = static_cast<Output*>(p.h) + ((b * layer.time + t) * layer.directions + direction) * H;
+  Output* h = static_cast<Output*>(p.h) + (layer.frame_of(b, t) * layer.directions + direction) * H;
   for (int64_t j = threadIdx.x; j < H; j += kThreads) {
     const Acc a = widen(wx[j]) + affine(layer, r[j] * rho, j);
     const Acc z = sigmoid(widen(wx[H + j]) + affine(layer, r[H + j] * rho, H + j));
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const GatherPrevious p
   const int64_t b = row % layer.batch, direction = row / layer.batch,
                 t = layer.time_of(row, step - 1);
   const Output* h =
-      static_cast<const Output*>(p.h) + ((b * layer.time + t) * layer.directions + direction) * H;
+      static_cast<const Output*>(p.h) + (layer.frame_of(b, t) * layer.directions + direction) * H;
   for (int64_t j = threadIdx.x; j < H; j += kThreads) previous[j] = narrow<Operand>(widen(h[j]));
 }
 
@@ -121,13 +121,14 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const BackwardStep p
   // base and product are zero before the first backward step; there is no later rho to read then.
   const Acc rho_next = layer.layer_norm && step < length - 1 ? rho_row[t - towards_start] : Acc(1);
   const Acc* r = static_cast<const Acc*>(p.r) + row * N;
-  const Wx* wx =
-      static_cast<const Wx*>(layer.wx) + b * layer.wx_batch_stride + t * layer.wx_time_stride;
-  const Output* grad_h = static_cast<const Output*>(p.grad_h) + b * p.grad_h_batch_stride +
-                         t * p.grad_h_time_stride + direction * H;
+  const Wx* wx = static_cast<const Wx*>(layer.wx) +
+                 layer.element_of(b, t, layer.wx_batch_stride, layer.wx_time_stride);
+  const Output* grad_h = static_cast<const Output*>(p.grad_h) +
+                         layer.element_of(b, t, p.grad_h_batch_stride, p.grad_h_time_stride) +
+                         direction * H;
   const Output* h_previous =
       static_cast<const Output*>(p.h) +
-      ((b * layer.time + t + towards_start) * layer.directions + direction) * H;
+      (layer.frame_of(b, t + towards_start) * layer.directions + direction) * H;
   const Acc* product = static_cast<const Acc*>(p.product) + row * H;
   Acc* base = static_cast<Acc*>(p.base) + row * H;
 
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const BackwardStep p
   const bool second =
       layer.directions == 2 && (direction == 0 ? t < length - 1 - t : t >= length - 1 - t);
   Wx* grad_wx =
-      p.grad_wx == nullptr ? nullptr : static_cast<Wx*>(p.grad_wx) + (b * layer.time + t) * N;
+      p.grad_wx == nullptr ? nullptr : static_cast<Wx*>(p.grad_wx) + layer.frame_of(b, t) * N;
   Acc* grad_ln_weight = static_cast<Acc*>(p.grad_ln_weight);
   Acc* grad_ln_bias = static_cast<Acc*>(p.grad_ln_bias);
   auto write = [&](int64_t j, Acc dwx) {

@@ -32,15 +32,14 @@ template <class Steps>
 Outputs forward_sweep(const Inputs& in, const Steps& steps) {
   const int64_t R = in.rows(), T = in.time(), H = in.hidden();
   const ScalarType acc = in.acc_type();
-  Tensor h = in.new_sequence({in.batch(), T, in.directions() * H}, in.u.scalar_type());
-  Tensor rho = in.new_sequence({in.layer_norm ? R : 0, T}, acc);
+  Tensor h = in.new_frames(in.directions() * H, in.u.scalar_type());
+  Tensor rho = in.new_rho();
   if (R == 0 || T == 0) return {h, rho};
 
   const Tensor uc = steps.recurrent_operand(in);
   Tensor state = new_empty(in.wx, {R, H}, acc);
   GatherPrevious initial = {};
-  initial.layer = in.recurrence();
-  initial.layer.order = steps.order();
+  initial.layer = steps.layer(in);
   initial.layer.operand_type = dtype_of(acc);
   initial.steps = 1;
   initial.rows = R;
@@ -62,8 +61,7 @@ Outputs forward_sweep(const Inputs& in, const Steps& steps) {
     return torch::stable::view(torch::stable::narrow(r, 0, 0, rows * 2 * H), sizes);
   });
   ForwardStep p = {};
-  p.layer = in.recurrence();
-  p.layer.order = steps.order();
+  p.layer = steps.layer(in);
   p.r = r.const_data_ptr();
   p.state = state.mutable_data_ptr();
   p.operand = operand.mutable_data_ptr();
@@ -96,7 +94,8 @@ Gradients backward_sweep(const Inputs& in, const Saved& saved, Needs needs, cons
   };
 
   const Tensor uc = steps.recurrent_operand(in), uc_t = torch::stable::transpose(uc, 0, 1);
-  Tensor grad_wx = in.new_sequence(sizes_if(needs.wx, {in.batch(), T, 2 * H}), in.wx.scalar_type());
+  Tensor grad_wx = needs.wx ? in.new_frames(2 * H, in.wx.scalar_type())
+                            : new_empty(in.wx, {0}, in.wx.scalar_type());
   Tensor grad_u = new_zeros(in.wx, sizes_if(needs.u, {2 * H, H}), acc);
   Tensor grad_ln_weight = new_zeros(in.wx, sizes_if(need_ln, {R, 2 * H}), acc);
   Tensor grad_ln_bias = new_zeros(in.wx, sizes_if(need_ln, {R, 2 * H}), acc);
@@ -129,11 +128,10 @@ Gradients backward_sweep(const Inputs& in, const Saved& saved, Needs needs, cons
     };
 
     BackwardStep p = {};
-    p.layer = in.recurrence();
-    p.layer.order = steps.order();
+    p.layer = steps.layer(in);
     p.grad_h = grad_h.const_data_ptr();
-    p.grad_h_batch_stride = grad_h.stride(0);
-    p.grad_h_time_stride = grad_h.stride(1);
+    p.grad_h_batch_stride = in.packed() ? 0 : grad_h.stride(0);
+    p.grad_h_time_stride = grad_h.stride(grad_h.dim() - 2);
     p.h = h.const_data_ptr();
     p.rho = rho.const_data_ptr();
     p.base = base.mutable_data_ptr();

@@ -184,6 +184,7 @@ def light_gru(
     activation="relu",
     bidirectional=False,
     eps=1e-5,
+    time=None,
 ):
     """Hidden states of a light GRU over a whole sequence.
 
@@ -211,6 +212,8 @@ def light_gru(
         [B], integers from 0 to T: steps of each sequence, T if absent. What follows is padding: it
         is not read, h is zero there, and the backward direction starts at the sequence's end. On a
         GPU the values are not checked, for which the host would have to wait, but clamped.
+        wx may then also be packed: [frames, 2H], the sequences one after the other, without
+        padding; h has their frames, too.
     layer_norm : bool
         Normalise U h_{t-1} over its 2H values (SLi-GRU) or not (Li-GRU).
     activation : str
@@ -219,6 +222,8 @@ def light_gru(
         Also run backwards in time, with the same weights.
     eps : float
         Of the LayerNorm.
+    time : int, optional
+        Of a packed wx: T, which no length exceeds.
 
     Returns
     -------
@@ -251,8 +256,8 @@ def light_gru(
         "ln_weight": ln_weight,
         "ln_bias": ln_bias,
     }
-    operand_dtype = _check(tensors, layer_norm, activation, bidirectional)
-    lengths = _check_lengths(lengths, wx)
+    batch, lengths = _check_lengths(lengths, wx, time)
+    operand_dtype = _check(tensors, batch, layer_norm, activation, bidirectional)
     name, reason = choose_backend(wx.device, u.shape[1], operand_dtype)
     if name == "reference":
         if reason != "forced":
@@ -264,9 +269,10 @@ def light_gru(
             activation=activation,
             bidirectional=bidirectional,
             eps=eps,
+            time=time,
         )
     acc_dtype = accumulation_dtype(u.dtype)
-    rows = wx.shape[0] * (2 if bidirectional else 1)
+    rows = batch * (2 if bidirectional else 1)
 
     def per_row(t):
         return None if t is None else t.to(acc_dtype).expand(rows, u.shape[1])
@@ -282,6 +288,7 @@ def light_gru(
         widened(ln_weight),
         widened(ln_bias),
         lengths,
+        time,
         layer_norm,
         eps,
         activation,
@@ -292,7 +299,7 @@ def light_gru(
     return h
 
 
-def _check(tensors, layer_norm, activation, bidirectional):
+def _check(tensors, batch, layer_norm, activation, bidirectional):
     """Raise ValueError for a bad argument; return the dtype of the matrix products' operands."""
     wx, u, drop_mask = tensors["wx"], tensors["u"], tensors["drop_mask"]
     for name, t in tensors.items():
@@ -309,11 +316,11 @@ def _check(tensors, layer_norm, activation, bidirectional):
     if u.ndim != 2 or u.shape[0] != 2 * u.shape[1] or u.shape[1] == 0:
         raise ValueError(f"u: got shape {tuple(u.shape)}, expected [2H, H]")
     hidden = u.shape[1]
-    if wx.ndim != 3 or wx.shape[2] != 2 * hidden:
+    if wx.shape[-1] != 2 * hidden:
         raise ValueError(
             f"wx: got shape {tuple(wx.shape)}, expected [B, T, 2H] with 2H = {2 * hidden} as in u"
         )
-    rows = wx.shape[0] * (2 if bidirectional else 1)
+    rows = batch * (2 if bidirectional else 1)
     for name in ("h0", "drop_mask"):
         t = tensors[name]
         if t is not None and (t.ndim != 2 or t.shape[0] not in (1, rows) or t.shape[1] != hidden):
@@ -345,24 +352,37 @@ def _check(tensors, layer_norm, activation, bidirectional):
     return operand_dtype
 
 
-def _check_lengths(lengths, wx):
-    """Raise ValueError for bad lengths; return them as the operator takes them."""
+def _check_lengths(lengths, wx, time):
+    """Raise ValueError for bad lengths; return B, and the lengths as the operator takes them."""
+    if not isinstance(wx, torch.Tensor):
+        raise ValueError(f"wx: got {type(wx).__name__}, expected a torch.Tensor")
+    packed = time is not None
+    if wx.ndim != (2 if packed else 3):
+        expected = "[frames, 2H], since time is given" if packed else "[B, T, 2H]"
+        raise ValueError(f"wx: got shape {tuple(wx.shape)}, expected {expected}")
     if lengths is None:
-        return None
+        if packed:
+            raise ValueError("lengths: absent, expected [B], since time is given")
+        return wx.shape[0], None
     if not isinstance(lengths, torch.Tensor):
         raise ValueError(f"lengths: got {type(lengths).__name__}, expected a torch.Tensor")
     if lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"lengths: got {lengths.dtype}, expected int32 or int64")
-    batch, time = wx.shape[:2]
+    batch = lengths.numel() if packed else wx.shape[0]
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: got shape {tuple(lengths.shape)}, expected [{batch}]")
     if lengths.device != wx.device:
         raise ValueError(f"lengths: got device {lengths.device}, expected {wx.device}, that of wx")
+    time = time if packed else wx.shape[1]
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = lengths[(lengths < 0) | (lengths > time)]
         if wrong.numel() > 0:
             raise ValueError(f"lengths: got {wrong[0].item()}, expected 0 to T = {time}")
-    return lengths.clamp(0, time).int()
+        if packed and lengths.sum() != wx.shape[0]:
+            raise ValueError(
+                f"lengths: their sum is {lengths.sum()}, expected {wx.shape[0]}, the frames of wx"
+            )
+    return batch, lengths.clamp(0, time).int()
 
 
 # ---- fake kernels (torch.compile) and autograd
@@ -370,23 +390,29 @@ def _check_lengths(lengths, wx):
 
 # Of the schemas in cuda_ops/light_gru/operator.cpp: the tensors, then the options of the layer.
 _TENSORS = 7
-_OPTIONS = 6
+_OPTIONS = 7
+
+
+def _sizes(wx, rest):
+    """B, T and D of the operator's arguments after u."""
+    lengths, time, _, _, _, bidirectional = rest[_TENSORS - 3 : _TENSORS + 3]
+    batch, time = wx.shape[:2] if time is None else (lengths.shape[0], time)
+    return batch, time, 2 if bidirectional else 1
 
 
 def _light_gru_fake(wx, u, *rest):
-    layer_norm, _, _, bidirectional, *_ = rest[_TENSORS - 2 :]
-    directions = 2 if bidirectional else 1
-    batch, time = wx.shape[:2]
-    h = wx.new_empty(batch, time, directions * u.shape[1], dtype=u.dtype)
+    layer_norm = rest[_TENSORS - 1]
+    batch, time, directions = _sizes(wx, rest)
+    h = wx.new_empty(*wx.shape[:-1], directions * u.shape[1], dtype=u.dtype)
     rows = directions * batch if layer_norm else 0
     return h, wx.new_empty(rows, time, dtype=accumulation_dtype(u.dtype))
 
 
 def _light_gru_backward_fake(grad_h, wx, u, *rest):
-    layer_norm, _, _, bidirectional, *_ = rest[_TENSORS - 2 :]
+    layer_norm = rest[_TENSORS - 1]
     need_wx, need_u, need_h0, need_ln = rest[-4:]
     acc_dtype = accumulation_dtype(u.dtype)
-    rows = wx.shape[0] * (2 if bidirectional else 1)
+    batch, _, directions = _sizes(wx, rest)
     hidden = u.shape[1]
 
     def empty(wanted, shape, dtype):
@@ -395,7 +421,7 @@ def _light_gru_backward_fake(grad_h, wx, u, *rest):
     return (
         empty(need_wx, wx.shape, wx.dtype),
         empty(need_u, u.shape, u.dtype),
-        empty(need_h0, (rows, hidden), acc_dtype),
+        empty(need_h0, (directions * batch, hidden), acc_dtype),
         empty(need_ln and layer_norm, (2 * hidden,), acc_dtype),
         empty(need_ln and layer_norm, (2 * hidden,), acc_dtype),
     )
@@ -436,18 +462,24 @@ def _light_gru_backward(ctx, grad_h, _):
 
 
 def _light_gru_flops(wx_shape, u_shape, *rest, out_shape=None, **_):
-    layer_norm, _, _, bidirectional, *_ = rest[_TENSORS - 2 :]
-    batch, time, gates = wx_shape
-    return 2 * batch * (2 if bidirectional else 1) * time * gates * u_shape[1]
+    return 2 * _row_steps(wx_shape, rest)[0] * u_shape[0] * u_shape[1]
 
 
 def _light_gru_backward_flops(grad_h_shape, wx_shape, u_shape, *rest, out_shape=None, **_):
     _, need_u, need_h0, _ = rest[-4:]
-    batch, time, gates = wx_shape
-    rows = batch * (2 if rest[_TENSORS + 1] else 1)
+    steps, first_steps = _row_steps(wx_shape, rest)
     # One for each step's dU, one for each step's carry to the step before.
-    products = (time if need_u else 0) + (time if need_h0 else max(time - 1, 0))
-    return 2 * rows * products * gates * u_shape[1]
+    products = (steps if need_u else 0) + (steps if need_h0 else max(steps - first_steps, 0))
+    return 2 * products * u_shape[0] * u_shape[1]
+
+
+def _row_steps(wx_shape, rest):
+    """Steps of all rows, padding included, and how many of them are first ones."""
+    lengths, time, _, _, _, bidirectional = rest[_TENSORS - 3 : _TENSORS + 3]
+    directions = 2 if bidirectional else 1
+    batch = wx_shape[0] if time is None else lengths[0]  # here a tensor's shape
+    frames = batch * wx_shape[1] if time is None else wx_shape[0]
+    return directions * frames, directions * batch
 
 
 if _library.cpu_error is None:

@@ -39,11 +39,31 @@ def light_gru(
     activation="relu",
     bidirectional=False,
     eps=1e-5,
+    time=None,
 ):
     """Run the recurrence step by step, on any device and dtype, differentiable any number of times.
 
     Arguments, result and layouts are those of `sb_fast_sligru.ops.light_gru`, which checks them.
     """
+    if time is not None:  # packed
+        valid = torch.arange(time, device=wx.device) < lengths[:, None]
+        frames = valid.flatten().nonzero().squeeze(1)
+        padded = wx.new_zeros(valid.numel(), wx.shape[1]).index_copy(0, frames, wx)
+        padded = padded.view(*valid.shape, wx.shape[1])
+        out = light_gru(
+            padded,
+            u,
+            h0,
+            drop_mask,
+            ln_weight,
+            ln_bias,
+            lengths,
+            layer_norm=layer_norm,
+            activation=activation,
+            bidirectional=bidirectional,
+            eps=eps,
+        )
+        return out.flatten(0, 1).index_select(0, frames)
     act = ACTIVATIONS[activation]
     hidden = u.shape[1]
     directions = 2 if bidirectional else 1

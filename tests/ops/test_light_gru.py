@@ -47,18 +47,19 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SHAPES = [(1, 1, 1), (3, 7, 12), (5, 2, 33), (1, 31, 64), (4, 9, 130)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-T{}-H{}".format(*s))
 
-# Name -> (layer_norm, affine, with h0, with mask, with lengths). Every option is on in one and off
-# in another.
+# Name -> (layer_norm, affine, with h0, with mask, with lengths or packed by them). Every option is
+# on in one and off in another.
 OPTIONS = {
-    "sligru": (True, False, False, False, False),
-    "sligru-h0-mask": (True, False, True, True, False),
-    "sligru-affine-h0": (True, True, True, False, False),
-    "sligru-affine-h0-mask-lengths": (True, True, True, True, True),
-    "ligru-mask": (False, False, False, True, False),
-    "ligru-h0": (False, False, True, False, False),
-    "ligru-h0-lengths": (False, False, True, False, True),
+    "sligru": (True, False, False, False, None),
+    "sligru-h0-mask": (True, False, True, True, None),
+    "sligru-affine-h0": (True, True, True, False, None),
+    "sligru-affine-h0-mask-lengths": (True, True, True, True, "lengths"),
+    "sligru-h0-packed": (True, False, True, False, "packed"),
+    "ligru-mask": (False, False, False, True, None),
+    "ligru-h0": (False, False, True, False, None),
+    "ligru-h0-lengths": (False, False, True, False, "lengths"),
 }
-LENGTHS = [option for option in OPTIONS if option.endswith("lengths")]
+LENGTHS = [option for option, (*_, lengths) in OPTIONS.items() if lengths]
 each_option = pytest.mark.parametrize("option", OPTIONS)
 each_activation = pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 each_direction = pytest.mark.parametrize("bidirectional", [False, True], ids=["uni", "bi"])
@@ -87,6 +88,7 @@ def make_inputs(shape, option, bidirectional=False):
         "ln_weight": 1 + randn(2 * hidden, scale=0.2) if affine else None,
         "ln_bias": randn(2 * hidden, scale=0.2) if affine else None,
         "lengths": torch.randint(time + 1, (batch,)) if with_lengths else None,
+        "packed": with_lengths == "packed",
         "layer_norm": layer_norm,
         "bidirectional": bidirectional,
     }
@@ -94,6 +96,17 @@ def make_inputs(shape, option, bidirectional=False):
 
 def is_float(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def call(packed, **inputs):
+    """The operator; packed, on the valid frames alone, of which it makes a padded batch again."""
+    if not packed:
+        return ops.light_gru(**inputs)
+    wx = inputs.pop("wx")
+    valid = torch.arange(wx.shape[1], device=wx.device) < inputs["lengths"][:, None]
+    h = ops.light_gru(wx[valid], **inputs, time=wx.shape[1])
+    padded = h.new_zeros(*valid.shape, h.shape[1])
+    return padded.masked_scatter(valid[..., None], h)
 
 
 def run(name, arguments, upstream=None, device="cpu", dtype=torch.float64, autocast=None):
@@ -108,7 +121,7 @@ def run(name, arguments, upstream=None, device="cpu", dtype=torch.float64, autoc
         inputs["lengths"] = inputs["lengths"].to(device)
     casting = torch.autocast(device, autocast) if autocast else contextlib.nullcontext()
     with backend(name), casting:
-        h = ops.light_gru(**inputs)
+        h = call(**inputs)
     results = {"h": h}
     if upstream is not None:
         wanted = [key for key in NAMES if inputs[key] is not None]
@@ -594,7 +607,8 @@ def each_sequence(arguments, upstream):
     if h0 is not None:
         expected["h0"] = torch.zeros_like(h0)
     for i, length in enumerate(arguments["lengths"].tolist()):
-        alone = arguments | {"wx": arguments["wx"][i : i + 1, :length], "lengths": None}
+        alone = arguments | {"lengths": None, "packed": False}
+        alone["wx"] = arguments["wx"][i : i + 1, :length]
         for key, value in (("h0", h0), ("drop_mask", mask)):
             alone[key] = None if value is None else value[:, i]
         results = run("reference", alone, upstream[i : i + 1, :length])
@@ -672,10 +686,15 @@ def operator_arguments(arguments, name, device, dtype):
         "ln_bias": acc,
         "lengths": torch.int32,
     }
+    time = None
+    if arguments["packed"]:
+        batch, time, _ = arguments["wx"].shape
+        valid = torch.arange(time) < arguments["lengths"][:, None]
+        arguments = arguments | {"wx": arguments["wx"][valid]}
     tensors = [
         None if arguments[key] is None else arguments[key].to(device, dtypes[key]) for key in dtypes
     ]
-    flags = arguments["layer_norm"], 1e-5, "relu", arguments["bidirectional"]
+    flags = time, arguments["layer_norm"], 1e-5, "relu", arguments["bidirectional"]
     return tensors, (*flags, dtype_name(dtype), name)
 
 
@@ -693,7 +712,7 @@ def test_gradcheck(name, device, dtype, option, bidirectional):
 
     def function(*values):
         with backend(name):
-            return ops.light_gru(**dict(zip(tensors, values, strict=True)), **fixed)
+            return call(**dict(zip(tensors, values, strict=True)), **fixed)
 
     assert torch.autograd.gradcheck(function, values)
 
@@ -848,7 +867,7 @@ def test_output_changed_in_place(name, device, dtype, change, option, bidirectio
         }
         wanted = [inputs[key] for key in NAMES if inputs[key] is not None]
         with backend(backend_name):
-            h = ops.light_gru(**inputs)
+            h = call(**inputs)
         change(h)
         results = []
         for _ in range(2):  # the graph may be used again, and the output changed between
@@ -940,7 +959,7 @@ def test_compiles_in_one_graph_for_any_batch_and_length(name, device, dtype):
 
 @each_exact_backend
 @each_direction
-@each_option
+@pytest.mark.parametrize("option", [option for option in OPTIONS if "packed" not in option])
 @pytest.mark.parametrize("wanted", ["all", "wx", "u", "h0", "wx u", "none"])
 @pytest.mark.parametrize("time", [1, 5])
 def test_flops_are_those_of_the_loop(name, device, dtype, time, wanted, option, bidirectional):
@@ -956,12 +975,21 @@ def test_flops_are_those_of_the_loop(name, device, dtype, time, wanted, option, 
 
     def count(backend_name):
         with backend(backend_name), FlopCounterMode(display=False) as counter:
-            h = ops.light_gru(**inputs)
+            h = call(**inputs)
             if h.requires_grad:
                 h.sum().backward()
         return counter.get_total_flops()
 
     assert count(name) == count("reference") > 0
+
+
+@each_exact_backend
+def test_flops_of_packed_sequences_are_those_of_their_frames(name, device, dtype):
+    arguments = make_inputs((3, 5, 8), "sligru-h0-packed", bidirectional=True)
+    tensors, options = operator_arguments(arguments, name, device, dtype)
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.sb_fast_sligru.light_gru(*tensors, *options)
+    assert counter.get_total_flops() == 2 * 2 * arguments["lengths"].sum() * 16 * 8
 
 
 # ---- arguments
@@ -1002,6 +1030,15 @@ BAD_ARGUMENTS = {
     ),
     "lengths-long": ({"lengths": torch.tensor([3, 4])}, "lengths: got 4, expected 0 to T = 3"),
     "lengths-negative": ({"lengths": torch.tensor([3, -1])}, "lengths: got -1, expected 0 to T"),
+    "packed-rank": ({"time": 3}, r"wx: got shape \(2, 3, 8\), expected \[frames, 2H\], since time"),
+    "packed-lengths": (
+        {"wx": torch.zeros(3, 8), "time": 3},
+        r"lengths: absent, expected \[B\], since time is given",
+    ),
+    "packed-sum": (
+        {"wx": torch.zeros(3, 8), "time": 3, "lengths": torch.tensor([2, 2])},
+        "lengths: their sum is 4, expected 3, the frames of wx",
+    ),
     "activation": ({"activation": "gelu"}, r"activation: got 'gelu', expected one of relu, tanh"),
 }
 
@@ -1024,6 +1061,7 @@ def call_op(**changed):
         "ln_weight": None,
         "ln_bias": None,
         "lengths": None,
+        "packed_time": None,
         "layer_norm": True,
         "eps": 1e-5,
         "activation": "relu",
@@ -1042,6 +1080,12 @@ def call_op(**changed):
         ({"u": torch.zeros(8, 5)}, r"u: got Float \[8, 5\], expected \[2H, H\]"),
         ({"lengths": torch.zeros(2)}, r"lengths: got Float \[2\], expected Int \[2\]"),
         ({"lengths": torch.tensor([3, 4]).int()}, "lengths: got 4, expected 0 to T = 3"),
+        ({"packed_time": 3}, r"wx: got Float \[2, 3, 8\], expected \[frames, 2H\]"),
+        ({"wx": torch.zeros(5, 8), "packed_time": 3}, r"lengths: required, \[B\], of packed"),
+        (
+            {"wx": torch.zeros(5, 8), "packed_time": 3, "lengths": torch.tensor([1, 3]).int()},
+            "lengths: their sum is 4, expected that of the frames of wx, 5",
+        ),
         ({"h0": torch.zeros(1, 4)}, r"h0: got Float \[1, 4\], expected Float \[2, 4\]"),
         ({"drop_mask": torch.zeros(2, 4).double()}, r"drop_mask: got Double"),
         ({"ln_bias": torch.zeros(8), "layer_norm": False}, r"ln_weight, ln_bias: given although"),

@@ -83,7 +83,7 @@ __device__ __forceinline__ Sequence grad_h_sequence(const PersistentBackward& p)
 __device__ __forceinline__ Stream grad_h_stream(const PersistentBackward& p, const Sequence& grad_h,
                                                 const Row& row, int k, int unit) {
   const int hidden_size = static_cast<int>(p.layer.hidden);
-  return {grad_h.at(row, p.first + p.count - 1 - k, row.direction * hidden_size + unit),
+  return {grad_h.at(p.layer, row, p.first + p.count - 1 - k, row.direction * hidden_size + unit),
           -grad_h.step_bytes(row)};
 }
 

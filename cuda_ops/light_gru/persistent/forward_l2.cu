@@ -134,9 +134,10 @@ struct L2Row {
 
   __device__ __forceinline__ void begin(const PersistentForward& p, const Row& row, int unit) {
     const Recurrence& layer = p.layer;
-    wx = wx_sequence(layer).at(row, 0, unit);
+    wx = wx_sequence(layer).at(layer, row, 0, unit);
     h = const_cast<char*>(
-        h_sequence(layer, p.h).at(row, 0, row.direction * static_cast<int>(layer.hidden) + unit));
+        h_sequence(layer, p.h)
+            .at(layer, row, 0, row.direction * static_cast<int>(layer.hidden) + unit));
     rho_index = static_cast<int>(row.index * layer.time + row.time_of(0));
     onward = row.direction == 1 ? -1 : 1;
   }
@@ -282,7 +283,9 @@ __device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
 #pragma unroll
     for (int i = 0; i < kRowCells; i++) {
       if (!at.has_row(i)) break;
-      const int left = static_cast<int>(load_uint(end_address(i))) - t;
+      const int end =
+          layer.lengths == nullptr ? steps : static_cast<int>(load_uint(end_address(i)));
+      const int left = end - t;
       if (left > 0) rows[i].store_next(p, stores_rho, rho[i], in_range, state[i]);
       if (t + 1 < steps) rows[i].load_next(layer, wx_float, left - 1, in_range, wx[i]);
     }

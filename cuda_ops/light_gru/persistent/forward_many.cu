@@ -240,9 +240,10 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   for (int i = threadIdx.x; i < kManyRows; i += kWideThreads) {
     const Row row = rows.locate(i);
     const int h_unit = row.direction * at.hidden_size + at.block_unit0;
-    shared.wx_rows[i] = {wx_all.at(row, 0, at.block_unit0), wx_all.step_bytes(row), 0,
+    shared.wx_rows[i] = {wx_all.at(layer, row, 0, at.block_unit0), wx_all.step_bytes(row), 0,
                          row.stored_steps()};
-    shared.h_rows[i] = {outputs.at(row, 0, h_unit), outputs.step_bytes(row), 0, row.stored_steps()};
+    shared.h_rows[i] = {outputs.at(layer, row, 0, h_unit), outputs.step_bytes(row), 0,
+                        row.stored_steps()};
     shared.rho[i] = 0.f;
   }
   Input<T> wx(shared, wx_all, at, rows);

@@ -196,7 +196,8 @@ struct Input {
     const Row row = locate_row(layer, at.row0 + (lane / (2 * pieces)) % kRows);
     stream.steps = row.length;
     stream.copies = in_range && lane < 2 * kRows * pieces;
-    stream.source = wx.at(row, 0, lane / pieces % 2 * at.hidden_size + unit0) + lane % pieces * 16;
+    stream.source =
+        wx.at(layer, row, 0, lane / pieces % 2 * at.hidden_size + unit0) + lane % pieces * 16;
     stream.source_step = wx.step_bytes(row);
     stream.target = shared_address(&shared.ring[0][at.warp][lane * 16 % G::kRingBytes]);
     load_address = shared_address(&shared.ring[0][at.warp][0]) + (at.c * 16 + at.g) * wx_bytes;

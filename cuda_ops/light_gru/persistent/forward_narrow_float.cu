@@ -302,7 +302,7 @@ struct Input {
     const int unit = at.lane % 8 * 4, gate = at.lane / 8 % 2;
     stream.steps = row.length;
     stream.copies = role.half == 0 && at.lane < 16 && at.block_unit0 + unit < at.hidden_size;
-    stream.source = wx.at(row, 0, gate * at.hidden_size + at.block_unit0 + unit);
+    stream.source = wx.at(layer, row, 0, gate * at.hidden_size + at.block_unit0 + unit);
     stream.source_step = wx.step_bytes(row);
     stream.target = shared_address(&shared.ring[0][role.row][gate][unit]);
     load_address = shared_address(&shared.ring[0][role.row][0][at.lane]);

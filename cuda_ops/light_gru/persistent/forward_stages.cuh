@@ -255,8 +255,8 @@ struct HiddenOutput {
                                           bool in_range)
       : steps(in_range ? row.stored_steps() : 0) {
     const Sequence h = h_sequence(p.layer, p.h);
-    target =
-        const_cast<char*>(h.at(row, 0, row.direction * static_cast<int>(p.layer.hidden) + unit));
+    target = const_cast<char*>(
+        h.at(p.layer, row, 0, row.direction * static_cast<int>(p.layer.hidden) + unit));
     target_step = h.step_bytes(row);
     is_float = h.is_float();
   }

@@ -262,7 +262,7 @@ struct Input {
     const Row row = locate_row(layer, at.row0 + local_row % kWideRows);
     stream.steps = row.length;
     stream.copies = local_row < kWideRows && at.block_unit0 + section * 8 < at.hidden_size;
-    stream.source = wx.at(row, 0, gate * at.hidden_size + at.block_unit0 + section * 8) +
+    stream.source = wx.at(layer, row, 0, gate * at.hidden_size + at.block_unit0 + section * 8) +
                     threadIdx.x % pieces * 16;
     stream.source_step = wx.step_bytes(row);
     stream.target =

@@ -155,8 +155,8 @@ struct Input {
     const Row row = locate_row(layer, at.row0 + local_row);
     stream.steps = row.length;
     stream.copies = at.block_unit0 + section * 8 < at.hidden_size;
-    stream.source =
-        wx.at(row, 0, gate * at.hidden_size + at.block_unit0 + section * 8) + threadIdx.x % 2 * 16;
+    stream.source = wx.at(layer, row, 0, gate * at.hidden_size + at.block_unit0 + section * 8) +
+                    threadIdx.x % 2 * 16;
     stream.source_step = wx.step_bytes(row);
     stream.target = ring + section_of(local_row, gate, section) + threadIdx.x % 2 * 16;
     load_address = ring + section_of(2 * at.c, 0, at.warp) + at.g * 4;

@@ -75,9 +75,10 @@ struct Sequence {
   __device__ __forceinline__ bool is_float() const { return type == DType::kFloat32; }
   __device__ __forceinline__ int bytes() const { return is_float() ? 4 : 2; }
   // Address of [row, true time of step n, unit].
-  __device__ __forceinline__ const char* at(const Row& row, int64_t n, int unit) const {
-    const int64_t element = row.batch * batch_stride + row.time_of(n) * time_stride + unit;
-    return static_cast<const char*>(data) + element * bytes();
+  __device__ __forceinline__ const char* at(const Recurrence& layer, const Row& row, int64_t n,
+                                            int unit) const {
+    const int64_t element = layer.element_of(row.batch, row.time_of(n), batch_stride, time_stride);
+    return static_cast<const char*>(data) + (element + unit) * bytes();
   }
   // Bytes from the element of step n to that of step n + 1.
   __device__ __forceinline__ int64_t step_bytes(const Row& row) const {

@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kPassThreads)
   const int64_t n = p.first + static_cast<int>(row_step % count);
   float h[kVector] = {};
   if (n > 0 && n < row.length)
-    load<T>(layer.output_type, h_sequence(layer, p.h).at(row, n - 1, row.direction * hidden + unit),
-            h);
+    load<T>(layer.output_type,
+            h_sequence(layer, p.h).at(layer, row, n - 1, row.direction * hidden + unit), h);
   else if (n == 0)
     load_or(layer.h0, int64_t{row.index} * hidden + unit, 0.f, h);
   store(static_cast<T*>(p.h_previous) + i * kVector, h);
@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kPassThreads)
     const float* projection = p.projection + row_step * (kLayerNorm ? 3 : 2) * hidden + unit;
     float wx_a[kVector], wx_z[kVector], r_a[kVector], r_z[kVector], mask[kVector], h[kVector];
     float gamma_a[kVector], gamma_z[kVector], beta_a[kVector], beta_z[kVector], v[kVector];
-    load<T>(layer.wx_type, wx_sequence(layer).at(row, n, unit), wx_a);
-    load<T>(layer.wx_type, wx_sequence(layer).at(row, n, hidden + unit), wx_z);
+    load<T>(layer.wx_type, wx_sequence(layer).at(layer, row, n, unit), wx_a);
+    load<T>(layer.wx_type, wx_sequence(layer).at(layer, row, n, hidden + unit), wx_z);
     load(projection, r_a);
     load(projection + hidden, r_z);
     load_or(layer.drop_mask, int64_t{row.index} * hidden + unit, 1.f, mask);
@@ -219,7 +219,7 @@ __global__ void finish_kernel(const __grid_constant__ PersistentBackward p, int 
         (direction == 0 ? row.length - 1 - n >= p.first + count : row.length - 1 - n >= p.first);
     const Sequence dwx_sequence =
         contiguous_sequence(layer, p.dwx, layer.wx_type, 2 * layer.hidden);
-    char* to = const_cast<char*>(dwx_sequence.at(row, n, column));
+    char* to = const_cast<char*>(dwx_sequence.at(layer, row, n, column));
     if (add) {
       load<T>(layer.wx_type, to, x);
 #pragma unroll

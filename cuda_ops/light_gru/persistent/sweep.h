@@ -4,8 +4,8 @@
 
 #include "light_gru/operand.h"
 #include "light_gru/operator.h"
-#include "light_gru/order.h"
 #include "light_gru/persistent/persistent.h"
+#include "light_gru/places.h"
 
 namespace sb_fast_sligru {
 
@@ -27,18 +27,6 @@ Tensor kernel_operand(Kernel kernel, const Tensor& u, Pack pack) {
   return packed;
 }
 
-// Recurrence::order for the time loops; an empty tensor if all sequences are as long.
-inline Tensor rows_by_length(const Inputs& in, cudaStream_t stream) {
-  if (!in.lengths) return new_empty(in.wx, {0}, ScalarType::Int);
-  const Tensor order = new_empty(in.wx, {in.rows()}, ScalarType::Int);
-  check_launch(order_rows(in.recurrence(), order.mutable_data_ptr<int32_t>(), stream));
-  return order;
-}
-
-inline const int32_t* order_pointer(const Tensor& order) {
-  return order.size(0) == 0 ? nullptr : order.const_data_ptr<int32_t>();
-}
-
 // Memory for the messages of a pass.
 inline Tensor exchange_memory(const Inputs& in, const KernelChoice& choice, Direction direction) {
   return new_empty(in.wx, {exchange_bytes(choice, in.recurrence(), direction)}, ScalarType::Byte);
@@ -47,17 +35,16 @@ inline Tensor exchange_memory(const Inputs& in, const KernelChoice& choice, Dire
 inline Outputs persistent_forward(const Inputs& in, const KernelChoice& choice,
                                   cudaStream_t stream) {
   const int64_t R = in.rows(), T = in.time(), H = in.hidden();
-  Tensor h = in.new_sequence({in.batch(), T, in.directions() * H}, in.u.scalar_type());
-  Tensor rho = in.new_sequence({in.layer_norm ? R : 0, T}, ScalarType::Float);
+  Tensor h = in.new_frames(in.directions() * H, in.u.scalar_type());
+  Tensor rho = in.new_rho();
   if (R == 0 || T == 0) return {h, rho};
   const Tensor u = kernel_operand(
       choice.kernel, recurrent_operand(in, stream),
       [&](const float* centred, void* packed) { return pack_forward(centred, packed, H, stream); });
   const Tensor exchange = exchange_memory(in, choice, Direction::kForward);
-  const Tensor order = rows_by_length(in, stream);
+  const Places places(in, stream);
   PersistentForward p = {};
-  p.layer = in.recurrence();
-  p.layer.order = order_pointer(order);
+  p.layer = places.layer(in);
   p.u = u.const_data_ptr();
   p.h = h.mutable_data_ptr();
   p.rho = in.layer_norm ? rho.mutable_data_ptr<float>() : nullptr;
@@ -93,7 +80,7 @@ inline Gradients persistent_backward(const Inputs& in, const Saved& saved, Needs
   const Tensor &h = saved.h, &rho = saved.rho;
   const ScalarType fp32 = ScalarType::Float;
   auto nothing = [&] { return new_empty(in.wx, {0}, fp32); };
-  Tensor grad_wx = in.new_sequence({in.batch(), T, 2 * H}, in.wx.scalar_type());
+  Tensor grad_wx = in.new_frames(2 * H, in.wx.scalar_type());
   Tensor grad_h0 = new_zeros(in.wx, {R, H}, fp32);
   // Sums over the chunks; the first chunk's part is the first sum.
   const bool empty = R == 0 || T == 0;
@@ -130,21 +117,20 @@ inline Gradients persistent_backward(const Inputs& in, const Saved& saved, Needs
     const Tensor m2 = ln ? buffer(R * chunk, fp32) : nothing();
     const Tensor affine = need_ln ? buffer(affine_partials(R, chunk) * 4 * H, fp32) : nothing();
     const Tensor exchange = exchange_memory(in, choice, Direction::kBackward);
-    const Tensor order = rows_by_length(in, stream);
+    const Places places(in, stream);
     auto front = [](Tensor t, int64_t rows, int64_t columns) {
       std::vector<int64_t> sizes{rows, columns};
       return torch::stable::view(torch::stable::narrow(t, 0, 0, rows * columns), sizes);
     };
 
     PersistentBackward p = {};
-    p.layer = in.recurrence();
-    p.layer.order = order_pointer(order);
+    p.layer = places.layer(in);
     p.u = kernel_u.const_data_ptr();
     p.h = h.const_data_ptr();
     p.rho = ln ? rho.const_data_ptr<float>() : nullptr;
     p.grad_h = grad_h.const_data_ptr();
-    p.grad_h_batch_stride = grad_h.stride(0);
-    p.grad_h_time_stride = grad_h.stride(1);
+    p.grad_h_batch_stride = in.packed() ? 0 : grad_h.stride(0);
+    p.grad_h_time_stride = grad_h.stride(grad_h.dim() - 2);
     p.dwx = grad_wx.mutable_data_ptr();
     p.carry = grad_h0.mutable_data_ptr<float>();
     p.h_previous = h_previous.mutable_data_ptr();
