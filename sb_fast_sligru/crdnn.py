@@ -23,7 +23,6 @@ leaves out what fills no window of a sequence, the RNN is given its length, and 
 BatchNorms of RNN and DNN see the frames of all sequences, one after the other, alone.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -590,7 +589,10 @@ def _border(conv):
 
 def _pooled(windows):
     """How many frames become one."""
-    return math.prod(pool for _, pool in windows)
+    frames = 1
+    for _, pool in windows:
+        frames *= pool
+    return frames
 
 
 def pool_windows(part):

@@ -257,7 +257,7 @@ def test_on_a_gpu(training):
 def test_compiled():
     """One graph, for all lengths."""
     net = build().eval()
-    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="eager")
     with torch.no_grad():
         for time in (27, 31):
             x, lengths = make_input(net, time=time)
