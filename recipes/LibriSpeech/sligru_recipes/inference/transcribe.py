@@ -34,7 +34,7 @@ class Transcript(NamedTuple):
 
 
 def transcribe(recogniser, files, max_batch_length=0.0, max_segment_length=float("inf")):
-    """Transcribe audio files one at a time or in batches, to the same texts.
+    """Transcribe audio files one at a time or in batches, to the same texts (see `batches.py`).
 
     Arguments
     ---------
