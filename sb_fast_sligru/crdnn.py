@@ -45,9 +45,9 @@ VALUES_OF_WINDOW = 16  # of 3 x 3 features, the rest zeros: what tensor cores ta
 class CRDNN(stock.CRDNN):
     """CNN, RNN and DNN, a replacement of :class:`speechbrain.lobes.models.CRDNN.CRDNN`.
 
-    Arguments, defaults, inputs and outputs are SpeechBrain's, but for one more of each, by which
-    the states of a sequence do not depend on its batch. ``torch.jit.script`` compiles
-    SpeechBrain's layers, which take no lengths.
+    Arguments, defaults, inputs and outputs are SpeechBrain's, and there are ``use_lengths`` and
+    ``lengths``, by which the states of a sequence do not depend on its batch. ``torch.jit.script``
+    compiles SpeechBrain's layers, which take no lengths.
 
     Arguments
     ---------
@@ -60,7 +60,7 @@ class CRDNN(stock.CRDNN):
     ------
     ValueError
         With `use_lengths`, if a layer mixes frames and cannot be told where sequences end: RNNs but
-        ours and SpeechBrain's ``RNN``, ``LSTM`` and ``GRU``.
+        ours and SpeechBrain's ``RNN``, ``LSTM`` and ``GRU``; so `rnn_class` must be given.
 
     Example
     -------
@@ -68,6 +68,10 @@ class CRDNN(stock.CRDNN):
     >>> model = CRDNN(input_shape=inputs.shape, cnn_channels=[4, 8], rnn_neurons=16)
     >>> model(inputs).shape
     torch.Size([10, 15, 512])
+    >>> model = CRDNN(input_size=60, rnn_class=SLiGRU, rnn_neurons=16, use_lengths=True)
+    >>> states = model(inputs[:2], lengths=torch.tensor([1.0, 0.6]))
+    >>> states[1].any(dim=1).sum()
+    tensor(9)
     """
 
     use_lengths = False  # of SpeechBrain's that `accelerate` made ours, too
