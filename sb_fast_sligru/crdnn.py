@@ -15,6 +15,12 @@ max-pooling, dropout         copy to another layout
 
 Blocks of other kernel sizes, activations or poolings, and parts that were replaced (an adapter) or
 have hooks run SpeechBrain's own layers, which says so once; ``CRDNN.choose_backend`` tells why.
+
+By ``use_lengths`` padding is nothing: what each layer makes of a sequence is what it makes of it
+alone. A convolution mirrors the frames before its border; here each sequence has a border of its
+own, so that the frames after its end become their mirror image before each convolution. Pooling
+leaves out what fills no window of a sequence, the RNN is given its length, and in training the
+BatchNorms of RNN and DNN see the frames of all sequences, one after the other, alone.
 """
 
 from typing import NamedTuple
@@ -25,9 +31,10 @@ from torch import nn
 
 from . import ops
 from ._parts import build_module, is_plain, not_plain
-from ._stock import CNN, containers, dropout, normalization, pooling
+from ._stock import CNN, RNN, containers, dropout, linear, normalization, pooling
 from ._stock import CRDNN as stock
 from .ops._backends import choose, warn_once
+from .rnn import LiGRU, SLiGRU, count_steps, valid_frames
 
 __all__ = ["CRDNN", "build"]
 
@@ -38,8 +45,22 @@ VALUES_OF_WINDOW = 16  # of 3 x 3 features, the rest zeros: what tensor cores ta
 class CRDNN(stock.CRDNN):
     """CNN, RNN and DNN, a replacement of :class:`speechbrain.lobes.models.CRDNN.CRDNN`.
 
-    Arguments, defaults, inputs and outputs are SpeechBrain's. ``torch.jit.script`` compiles
-    SpeechBrain's layers.
+    Arguments, defaults, inputs and outputs are SpeechBrain's, and there are ``use_lengths`` and
+    ``lengths``, by which the states of a sequence do not depend on its batch. ``torch.jit.script``
+    compiles SpeechBrain's layers, which take no lengths.
+
+    Arguments
+    ---------
+    *args, **kwargs
+        Of SpeechBrain's class.
+    use_lengths : bool
+        Whether :meth:`forward` minds the lengths that it is given. Weights are the same.
+
+    Raises
+    ------
+    ValueError
+        With `use_lengths`, if a layer mixes frames and cannot be told where sequences end: RNNs but
+        ours and SpeechBrain's ``RNN``, ``LSTM`` and ``GRU``; so `rnn_class` must be given.
 
     Example
     -------
@@ -47,41 +68,71 @@ class CRDNN(stock.CRDNN):
     >>> model = CRDNN(input_shape=inputs.shape, cnn_channels=[4, 8], rnn_neurons=16)
     >>> model(inputs).shape
     torch.Size([10, 15, 512])
+    >>> model = CRDNN(input_size=60, rnn_class=SLiGRU, rnn_neurons=16, use_lengths=True)
+    >>> states = model(inputs[:2], lengths=torch.tensor([1.0, 0.6]))
+    >>> states[1].any(dim=1).sum()
+    tensor(9)
     """
 
-    def forward(self, x):
+    use_lengths = False  # of SpeechBrain's that `accelerate` made ours, too
+
+    def __init__(self, *args, use_lengths=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.use_lengths = use_lengths
+        if use_lengths:
+            self._check_lengths_are_served()
+
+    def forward(self, x, lengths=None):
         """Encode a batch.
 
         Arguments
         ---------
         x : torch.Tensor
             Features, [B, T, F], or [B, T, F, channels] if it was built for that.
+        lengths : torch.Tensor
+            Lengths of the sequences relative to T, [B], above 0 and at most 1, which are rounded to
+            whole frames. Not looked at without `use_lengths`. With it, the states of a sequence are
+            those that it has alone, but for dropout and, in training, BatchNorm, whose statistics
+            are those of all sequences without padding; gradients likewise. What padding holds
+            changes nothing. On a GPU the values are not checked but clamped, and in training mode
+            the host waits for them. Every sequence has T frames if not given.
+
+            Give n / T for n frames: a length in samples, relative to the longest waveform, can
+            be a frame off, as features have one frame more than hops fit into a waveform.
 
         Returns
         -------
         torch.Tensor
-            Of the last layer, [B, T', features].
+            Of the last layer, [B, T', features]: a state of each window of frames that is pooled.
+            What fills no window has none. With `use_lengths`, zeros follow those of a sequence.
 
         Raises
         ------
         ValueError
-            If the shape of `x` does not fit.
+            If the shape of `x` does not fit; with `use_lengths`, if a length is not one of those
+            above, if a sequence is too short for the CNN, or if a layer, since replaced, cannot be
+            told where sequences end.
         RuntimeError
             If a compiled backend is forced that cannot serve the CNN.
         """
-        if "CNN" not in self:
+        steps = None
+        if self.use_lengths and lengths is not None:
+            self._check_lengths_are_served()
+            steps = self._count_steps(x, lengths)
+            x = _without_padding(x, steps)
+        if self._runs_on_kernels(x):
+            x = self._convolve(x, steps)
+        elif steps is None:
             return super().forward(x)
-        name, reason = self.choose_backend(x.device, x.dtype)
-        if name == "reference" and (reason != "forced" or self._obstacle()):
-            if reason != "forced":
-                warn_once(reason, "SpeechBrain's CNN (same results)")
-            return super().forward(x)
-        x = self._convolve(x)
-        for layer_name, layer in self.items():
-            if layer_name not in ("CNN", "time_pooling"):
-                x = layer(x)
-                if isinstance(x, tuple):
-                    x = x[0]
+        else:
+            x = self._call_convolutions(x, steps)
+        layers = [self[name] for name in self if name not in ("CNN", "time_pooling")]
+        if steps is not None:
+            return _call_layers(layers, x, steps // _pooled(self._windows()))
+        for layer in layers:
+            x = layer(x)
+            if isinstance(x, tuple):
+                x = x[0]
         return x
 
     def get_output_shape(self):
@@ -130,10 +181,37 @@ class CRDNN(stock.CRDNN):
                 break
         return name, reason
 
+    def _runs_on_kernels(self, x):
+        """Whether the CNN does; says once why not."""
+        if "CNN" not in self:
+            return False
+        name, reason = self.choose_backend(x.device, x.dtype)
+        if name != "reference" or (reason == "forced" and not self._obstacle()):
+            return True
+        if reason != "forced":
+            warn_once(reason, "SpeechBrain's CNN (same results)")
+        return False
+
     def _obstacle(self):
         """Tell what the operator cannot stand in for, "" if there is nothing."""
         if "CNN" not in self:
             return "the CRDNN has no CNN"
+        obstacle = self._order_obstacle()
+        if obstacle:
+            return obstacle
+        for block_name, block in self.CNN.items():
+            for part_name, kinds in _PARTS.items():
+                obstacle = _part_obstacle(
+                    f"CNN.{block_name}.{part_name} of the CRDNN", block[part_name], kinds
+                )
+                if obstacle:
+                    return obstacle
+        if "time_pooling" in self:
+            return _part_obstacle("time_pooling of the CRDNN", self.time_pooling, _TIME_POOLING)
+        return ""
+
+    def _order_obstacle(self):
+        """Tell why the parts of the CNN are not called as SpeechBrain does, "" if they are."""
         expected = [name for name in ("CNN", "time_pooling") if name in self]
         if list(self)[: len(expected)] != expected:
             return f"the CRDNN does not begin with {' and '.join(expected)}"
@@ -145,15 +223,69 @@ class CRDNN(stock.CRDNN):
                 return not_plain(name, block, "a CNN_Block")
             if tuple(block) != tuple(_PARTS):
                 return f"{name} has other layers than SpeechBrain's"
-            for part_name, kinds in _PARTS.items():
-                obstacle = _part_obstacle(
-                    f"CNN.{block_name}.{part_name} of the CRDNN", block[part_name], kinds
-                )
-                if obstacle:
-                    return obstacle
-        if "time_pooling" in self:
-            return _part_obstacle("time_pooling of the CRDNN", self.time_pooling, _TIME_POOLING)
         return ""
+
+    def _check_lengths_are_served(self):
+        """Raise ValueError if a layer would see padding, or its own border in the wrong place."""
+        obstacle = self._order_obstacle() if "CNN" in self else ""
+        if obstacle:
+            raise ValueError(f"use_lengths: {obstacle}")
+        for name, layer in self.items():
+            if name == "CNN":
+                for block_name, block in layer.items():
+                    for part_name, part in block.items():
+                        _check_part(f"CNN.{block_name}.{part_name}", part_name, part)
+            elif name == "time_pooling":
+                _check_part(name, "pooling", layer)
+            elif not isinstance(layer, (*_TAKE_LENGTHS, *_OF_EACH_FRAME)):
+                kind = type(layer)
+                raise ValueError(
+                    f"use_lengths: {name} of the CRDNN is {kind.__module__}.{kind.__qualname__}, "
+                    "which takes no lengths; an rnn_class that does is SLiGRU or LiGRU of "
+                    "sb_fast_sligru, or RNN, LSTM or GRU of speechbrain.nnet.RNN"
+                )
+
+    def _count_steps(self, x, lengths):
+        """Frames of each sequence, int64, [B]; ValueError if there are too few for the CNN."""
+        least = 1
+        for border, pool in reversed(self._windows()):
+            least = max(border + 1, least * pool)
+        if x.shape[1] < least:
+            raise ValueError(
+                f"x must have at least {least} frames, but its shape is {list(x.shape)}"
+            )
+        steps = count_steps(lengths, x.shape[0], x.shape[1])
+        if lengths.device != x.device:
+            raise ValueError(f"lengths are on {lengths.device}, but x is on {x.device}")
+        if not x.is_cuda and not torch.compiler.is_compiling() and (steps < least).any():
+            raise ValueError(
+                f"lengths: a sequence has {int(steps.min())} of {x.shape[1]} frames, and the CNN "
+                f"needs at least {least}"
+            )
+        return steps.clamp(min=least)
+
+    def _windows(self):
+        """Of each convolution, the frames that it mirrors, and those pooled after it."""
+        windows = []
+        for block in self.CNN.values() if "CNN" in self else ():
+            windows.append((_border(block["conv_1"]), 1))
+            windows.append((_border(block["conv_2"]), pool_windows(block.pooling)[0]))
+        if "time_pooling" in self:
+            windows.append((0, pool_windows(self.time_pooling)[0]))
+        return windows
+
+    def _call_convolutions(self, x, steps):
+        """The CNN and the time pooling by SpeechBrain's layers, for sequences of `steps` frames."""
+        for block in self.CNN.values() if "CNN" in self else ():
+            for name, part in block.items():
+                if name not in ("conv_1", "conv_2"):
+                    x = part(x)
+                    continue
+                frames, border = x.shape[1], _border(part)
+                x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, border))
+                x = part(_mirror(x, steps - 1, border))[:, :frames]
+            steps = steps // pool_windows(block.pooling)[0]
+        return self.time_pooling(x) if "time_pooling" in self else x
 
     def _steps(self):
         """What the CNN computes: a list of `Step`."""
@@ -164,8 +296,11 @@ class CRDNN(stock.CRDNN):
             steps[-1] = steps[-1]._replace(pool=(time, frequency))
         return steps
 
-    def _convolve(self, x):
-        """The CNN and the time pooling, of which nothing but the convolutions is SpeechBrain's."""
+    def _convolve(self, x, sequence_frames=None):
+        """The CNN and the time pooling, of which nothing but the convolutions is SpeechBrain's.
+
+        Frames of each sequence are int64, [B], those of the batch if not given.
+        """
         steps = self._steps()
         _check(x, steps)
         x = (x.unsqueeze(3) if x.ndim == 3 else x).permute(0, 3, 1, 2)
@@ -173,6 +308,9 @@ class CRDNN(stock.CRDNN):
         x = F.pad(x, (1, 1, 1, 1), mode="reflect").permute(0, 2, 3, 1)
         x = F.pad(x, (0, 0, 0, 0, 0, _rows(x, frames + 2) - frames - 2)).contiguous()
         for step in steps:
+            if sequence_frames is not None:
+                x = _mirror(x, sequence_frames, 1)  # the first of its rows is a border
+                sequence_frames = sequence_frames // step.pool[0]
             x = step.convolve(x)
             # Under autocast SpeechBrain's LayerNorm returns float32 on a GPU.
             dtype = x.dtype
@@ -213,6 +351,47 @@ def _rows(x, frames):
     return -(-frames // FRAMES_STEP) * FRAMES_STEP if _is_on_gpu(x) else frames
 
 
+def _without_padding(x, steps):
+    """Zeros after the first `steps` [B] frames of x [B, T, ...]."""
+    is_padding = torch.arange(x.shape[1], device=x.device) >= steps.unsqueeze(1)
+    return x.masked_fill(is_padding.view(*x.shape[:2], *(1,) * (x.ndim - 2)), 0.0)
+
+
+def _mirror(x, last, width):
+    """Make `width` frames of x [B, T, ...] after each sequence's `last` [B] mirror those before it.
+
+    In place: `x` is nobody else's.
+    """
+    if width == 0:
+        return x
+    rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    offsets = torch.arange(1, width + 1, device=x.device)
+    last = last.unsqueeze(1)
+    return x.index_put_((rows, last + offsets), x[rows, last - offsets])
+
+
+def _call_layers(layers, x, steps):
+    """Call the layers after the CNN for x [B, T, ...] whose sequences have `steps` [B] frames."""
+    batch, time = x.shape[:2]
+    # RNNs that round lengths to steps have `steps` by it, and so have those that cut fractions off.
+    lengths = ((steps + 0.25) / time).clamp(max=1.0)
+    # A layer of each frame would take padding into the statistics of a BatchNorm: in training it
+    # has the frames of all sequences as those of one.
+    frames = valid_frames(steps, time) if any(layer.training for layer in layers) else None
+    for layer in layers:
+        if isinstance(layer, _TAKE_LENGTHS):
+            x, _ = layer(x, lengths=lengths)
+            if x.shape[1] < time:  # SpeechBrain's end with the longest
+                x = F.pad(x, (0, 0, 0, time - x.shape[1]))
+        elif frames is None:
+            x = layer(x)
+        else:
+            out = layer(x.flatten(0, 1).index_select(0, frames).unsqueeze(0)).squeeze(0)
+            x = out.new_zeros(batch * time, *out.shape[1:]).index_copy(0, frames, out)
+            x = x.unflatten(0, (batch, time))
+    return _without_padding(x, steps)
+
+
 def _convolve_one_channel(x, weight):
     """The convolution of [B, T + 2, F + 2, 1] with [out, 1, 3, 3] as a product over its windows.
 
@@ -223,13 +402,15 @@ def _convolve_one_channel(x, weight):
     return F.linear(F.pad(windows, zeros), F.pad(weight.flatten(1), zeros))
 
 
-def build(crdnn_class, **arguments):
+def build(crdnn_class, use_lengths=False, **arguments):
     """Build a CRDNN of a class that a YAML has under a key of its own.
 
     Arguments
     ---------
     crdnn_class : type
         :class:`CRDNN`, or SpeechBrain's.
+    use_lengths : bool
+        Of :class:`CRDNN`; SpeechBrain's has no such argument.
     **arguments
         Of its constructor.
 
@@ -240,13 +421,19 @@ def build(crdnn_class, **arguments):
     Raises
     ------
     ValueError
-        If `crdnn_class` is not a class of modules.
+        If `crdnn_class` is not a class of modules, or takes no lengths that it shall use.
 
     Example
     -------
     >>> list(build(CRDNN, input_size=20, cnn_channels=[4, 8], rnn_neurons=6, dnn_blocks=0))
     ['CNN', 'RNN']
     """
+    if use_lengths:
+        if not (isinstance(crdnn_class, type) and issubclass(crdnn_class, CRDNN)):
+            raise ValueError(
+                f"use_lengths: crdnn_class must be sb_fast_sligru.CRDNN, but is {crdnn_class!r}"
+            )
+        arguments["use_lengths"] = use_lengths
     return build_module("crdnn_class", crdnn_class, arguments)
 
 
@@ -336,15 +523,19 @@ _PARTS = {
 }
 _TIME_POOLING = {"": pooling.Pooling1d, "pool_layer": nn.MaxPool2d}
 
-# Attributes of a kind -> the value that the operator needs.
+# Layers after the CNN: those that can be told where sequences end, and those that need not be.
+_TAKE_LENGTHS = (SLiGRU, LiGRU, RNN.RNN, RNN.LSTM, RNN.GRU)
+_OF_EACH_FRAME = (containers.Sequential, linear.Linear, nn.Dropout)
+
+# Attributes of a kind -> the value that the operator needs, and of those, what lengths need.
+_SAME_PADDING = {
+    "padding": "same",
+    "padding_mode": "reflect",
+    "swap": False,
+    "skip_transpose": False,
+}
 _NEEDED = {
-    CNN.Conv2d: {
-        "padding": "same",
-        "padding_mode": "reflect",
-        "max_norm": None,
-        "swap": False,
-        "skip_transpose": False,
-    },
+    CNN.Conv2d: _SAME_PADDING | {"max_norm": None},
     nn.Conv2d: {"kernel_size": (3, 3), "stride": (1, 1), "dilation": (1, 1), "groups": 1},
     nn.MaxPool2d: {"ceil_mode": False, "return_indices": False},
 }
@@ -371,6 +562,41 @@ def _part_obstacle(name, part, kinds):
         if isinstance(inner, nn.MaxPool2d) and pool_windows(part) is None:
             return f"the windows of {name} are not those of SpeechBrain's CRDNN"
     return ""
+
+
+def _check_part(name, kind, part):
+    """Raise ValueError if a part of the CNN, of that kind, does not treat sequences alone."""
+    obstacle = ""
+    if kind in ("conv_1", "conv_2"):
+        if not isinstance(part, CNN.Conv2d):
+            obstacle = "no Conv2d of speechbrain.nnet.CNN"
+        elif part.conv.stride != (1, 1):
+            obstacle = f"a convolution of stride {part.conv.stride}"
+        else:
+            for key, value in _SAME_PADDING.items():
+                if getattr(part, key) != value:
+                    obstacle = f"a convolution with {key} {getattr(part, key)}, not {value}"
+    elif kind in ("norm_1", "norm_2") and not isinstance(part, normalization.LayerNorm):
+        obstacle = "no LayerNorm of speechbrain.nnet.normalization"
+    elif kind == "pooling":
+        is_max = isinstance(getattr(part, "pool_layer", None), nn.MaxPool2d)
+        if not is_max or pool_windows(part) is None or part.pool_layer.ceil_mode:
+            obstacle = "no max-pooling over windows of SpeechBrain's CRDNN"
+    if obstacle:
+        raise ValueError(f"use_lengths: {name} of the CRDNN is {obstacle}")
+
+
+def _border(conv):
+    """How many frames a convolution mirrors at each end."""
+    return conv.conv.dilation[1] * (conv.conv.kernel_size[1] - 1) // 2
+
+
+def _pooled(windows):
+    """How many frames become one."""
+    frames = 1
+    for _, pool in windows:
+        frames *= pool
+    return frames
 
 
 def pool_windows(part):

@@ -24,9 +24,14 @@ import train_lm
 import train_seq2seq
 from sligru_recipes.inference import audio as audio_files
 from sligru_recipes.inference import transcribe as transcribe_module
-from sligru_recipes.inference.batches import treats_utterances_alone
+from sligru_recipes.inference.batches import (
+    encode_each,
+    encode_together,
+    encodes_utterances_alone,
+    treats_utterances_alone,
+)
 from sligru_recipes.inference.export import _entries, _needed, export
-from sligru_recipes.inference.frames import count_frames
+from sligru_recipes.inference.frames import count_frames, relative_lengths, strides
 from sligru_recipes.inference.recogniser import KNOWN, check_tags, load_recogniser
 from sligru_recipes.inference.stream import StreamingTranscriber
 from sligru_recipes.inference.transcribe import _batches, transcribe
@@ -111,6 +116,16 @@ def hypotheses(run):
     return {
         name: " ".join(re.findall(r"[^\s;]+", line.replace("<eps>", ""))) for name, line in found
     }
+
+
+def with_key(folder, copy, key, value):
+    """A copy of an inference folder with another value of a key."""
+    shutil.copytree(folder, copy)
+    yaml = copy / "hyperparams.yaml"
+    text, found = re.subn(f"(?m)^{key}: .*$", f"{key}: {value}", yaml.read_text("utf-8"))
+    assert found == 1
+    yaml.write_text(text, "utf-8")
+    return copy
 
 
 # The folder
@@ -372,12 +387,15 @@ def test_onnx_file_has_all_that_a_greedy_decoder_needs(
         assert capsys.readouterr().out.strip() == recogniser.transcribe_file(str(path)).strip()
 
 
-@pytest.mark.parametrize("key", ["rnn_class", "crdnn_class"])
-def test_speechbrains_classes_are_exported_as_ours(exported, audio, onnx_file, tmp_path, key):
-    folder = shutil.copytree(exported, tmp_path / "folder")
-    theirs = {"rnn_class": STOCK, "crdnn_class": "!name:speechbrain.lobes.models.CRDNN.CRDNN"}
-    yaml = folder / "hyperparams.yaml"
-    yaml.write_text(re.sub(f"(?m)^{key}: .*$", f"{key}: {theirs[key]}", yaml.read_text()))
+@pytest.mark.parametrize("key", ["rnn_class", "crdnn_class", "use_lengths"])
+def test_other_keys_are_exported_as_the_same(exported, audio, onnx_file, tmp_path, key):
+    """SpeechBrain's classes become ours, and waveforms of one length need no lengths."""
+    values = {
+        "rnn_class": STOCK,
+        "crdnn_class": "!name:speechbrain.lobes.models.CRDNN.CRDNN",
+        "use_lengths": "True",
+    }
+    folder = with_key(exported, tmp_path / "folder", key, values[key])
     export_onnx.main([str(folder), str(tmp_path / "out.onnx")])
     wavs = {"wavs": soundfile.read(audio[0], dtype="float32")[0][None]}
     expected, actual = (onnx_session(f).run(None, wavs) for f in (onnx_file, tmp_path / "out.onnx"))
@@ -660,7 +678,26 @@ def test_results_of_ctc_do_not_depend_on_the_batches(corpus, run, tmp_path):
         batch_size = f"--test_batch_size={size}"
         folder = tmp_path / str(size)
         found[size] = evaluate(train_ctc, yaml, corpus, run, folder, *CTC, batch_size)
+    folder = tmp_path / "use_lengths"  # of the same weights
+    options = (*CTC, "--use_lengths=True", "--test_batch_size=16")
+    found["use_lengths"] = evaluate(train_ctc, yaml, corpus, run, folder, *options)
     assert_same_results(found)
+
+
+@pytest.mark.usefixtures("environment_described_once")
+def test_training_with_lengths(corpus, tmp_path, monkeypatch):
+    """An epoch with augmentation; the export has the key."""
+    forward, told = sb_fast_sligru.CRDNN.forward, []
+
+    def spy(net, x, lengths=None):
+        told.append((net.training, lengths is not None))
+        return forward(net, x, lengths)
+
+    monkeypatch.setattr(sb_fast_sligru.CRDNN, "forward", spy)
+    options = ("--use_lengths=True", "--number_of_epochs=1", "--enable_speed_perturb=True")
+    run = train(train_ctc, "librispeech_ctc.yaml", corpus, tmp_path, *CTC, *options)
+    assert set(told) == {(True, True), (False, True)}
+    assert load_recogniser(run / "inference", "cpu").mods.encoder.enc.use_lengths
 
 
 def assert_same_results(found):
@@ -711,16 +748,92 @@ def test_last_line_tells_the_speed(exported, audio, capsys, batch):
     assert seconds == pytest.approx(sum(soundfile.info(path).duration for path in paths), abs=0.1)
 
 
-@pytest.mark.parametrize("fixture", ["exported", "seq2seq_exported"])
-def test_batches_do_not_change_the_transcripts(request, fixture, audio, tmp_path):
-    recogniser = load_recogniser(request.getfixturevalue(fixture), "cpu")
-    files = [tmp_path / path.name for path in audio]
+@pytest.fixture(scope="module")
+def unequal(audio, tmp_path_factory):
+    """Files of quite other lengths each."""
+    folder = tmp_path_factory.mktemp("unequal")
+    files = [folder / path.name for path in audio]
     for number, (path, source) in enumerate(zip(files, audio, strict=True)):
         samples, _ = soundfile.read(source, dtype="int16")
         soundfile.write(path, samples[8000 * number :], 16000)
+    return files
+
+
+@pytest.mark.parametrize("fixture", ["exported", "seq2seq_exported"])
+def test_batches_do_not_change_the_transcripts(request, fixture, unequal):
+    recogniser, files = load_recogniser(request.getfixturevalue(fixture), "cpu"), unequal
     batched = transcribed(recogniser, files, max_batch_length=1000)
     assert batched == transcribed(recogniser, files)
     assert list(batched) == files  # of one batch, in their order
+
+
+@pytest.mark.parametrize("fixture", ["exported", "seq2seq_exported"])
+def test_use_lengths_encodes_a_batch_at_once(request, fixture, unequal, tmp_path, capsys):
+    """To the transcripts of one file at a time, and of recognisers without it."""
+    plain = request.getfixturevalue(fixture)
+    told = with_key(plain, tmp_path / "told", "use_lengths", "True")
+    printed = []
+    for folder in (plain, told):
+        for options in ((), ("--max_batch_length=1000",)):
+            transcribe_files([str(folder), *map(str, unequal), "--device=cpu", *options])
+            printed.append(sorted(capsys.readouterr().out.splitlines()))
+    assert len(printed[0]) == len(unequal)
+    assert printed == printed[:1] * 4
+    for folder, expected in ((plain, len(unequal)), (told, 1)):
+        recogniser, calls = load_recogniser(folder, "cpu"), []
+        recogniser.mods.encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        transcribed(recogniser, unequal, max_batch_length=1000)
+        assert len(calls) == expected
+
+
+def read(recogniser, files):
+    return [audio_files.read_audio(file, recogniser.audio_normalizer) for file in files]
+
+
+@pytest.mark.parametrize("norm_type", ["global", "sentence"])
+@pytest.mark.parametrize("fixture", ["exported", "seq2seq_exported"])
+def test_use_lengths_makes_the_states_of_single_files(request, fixture, unequal, norm_type):
+    recogniser = load_recogniser(request.getfixturevalue(fixture), "cpu")
+    encoder, signals = recogniser.mods.encoder, read(recogniser, unequal)
+    encoder.normalize.norm_type = norm_type
+    with torch.no_grad():
+        alone, frames = encode_each(
+            lambda wav: recogniser.encode_batch(wav, torch.ones(1)), signals
+        )
+        errors = []
+        for encoder.enc.use_lengths in (True, False):
+            states, count = encode_together(recogniser.encode_batch, signals, encoder)
+            assert torch.equal(count, frames)
+            pairs = zip(states, alone, frames.tolist(), strict=True)
+            errors.append(max(float((a[:n] - b[:n]).abs().max()) for a, b, n in pairs))
+    assert errors[0] < 1e-3 < 0.1 < errors[1]
+
+
+def test_a_mean_of_the_whole_batch_needs_files_one_by_one(exported, tmp_path):
+    encoder = load_recogniser(exported, "cpu").mods.encoder
+    assert not encodes_utterances_alone(encoder)
+    encoder.enc.use_lengths = True
+    assert encodes_utterances_alone(encoder)
+    encoder.normalize.norm_type = "batch"
+    assert not encodes_utterances_alone(encoder)
+
+
+@pytest.mark.parametrize("fixture", ["exported", "seq2seq_exported"])
+def test_speechbrains_batches_use_lengths(request, fixture, unequal):
+    """`transcribe_batch`, told lengths of features; SpeechBrain rounds those of the states."""
+    recogniser = load_recogniser(request.getfixturevalue(fixture), "cpu")
+    encoder = recogniser.mods.encoder
+    hop, pooling = strides(encoder)
+    signals = [  # whose frames fill the windows of the pooling
+        signal[: len(signal) // (hop * pooling) * hop * pooling - hop]
+        for signal in read(recogniser, unequal)
+    ]
+    alone = [recogniser.transcribe_batch(signal[None], torch.ones(1))[0][0] for signal in signals]
+    encoder.enc.use_lengths = True
+    wavs = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True)
+    samples = torch.tensor([len(signal) for signal in signals])
+    lengths = relative_lengths(encoder, samples, wavs.shape[1])
+    assert recogniser.transcribe_batch(wavs, lengths)[0] == alone
 
 
 def test_batches_hold_like_lengths_up_to_a_limit():
@@ -801,6 +914,36 @@ def test_batches_decode_as_many_frames_as_single_files(request, fixture, monkeyp
     for stage in (sb.Stage.VALID, sb.Stage.TEST):
         states, shares = ASR.encode(brain, batch, stage)
         assert torch.round(shares * states.shape[1]).int().tolist() == expected
+
+
+@pytest.mark.parametrize("stage", sb.Stage)
+def test_recipes_tell_the_encoder_lengths(exported, stage):
+    """Training, validation and test have the states that each utterance has alone."""
+    recogniser = load_recogniser(exported, "cpu")
+    encoder = recogniser.mods.encoder
+    signals = [torch.rand(n) for n in range(32319, 31349, -45)]
+    samples = torch.tensor([len(signal) for signal in signals])
+    with torch.no_grad():
+        alone = [
+            encoder.enc(encoder.normalize(encoder.compute_features(s[None])))[0] for s in signals
+        ]
+        encoder.enc.use_lengths = True
+        names = SimpleNamespace(
+            compute_features=encoder.compute_features,
+            enc=encoder.enc,
+            normalize=encoder.normalize,
+            epoch_counter=SimpleNamespace(current=1000),  # statistics of the features are complete
+            wav_augment=lambda *batch: batch,
+        )
+        brain = SimpleNamespace(hparams=names, modules=names, device="cpu")
+        wavs = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True)
+        batch = SimpleNamespace(sig=(wavs, samples / samples.max()))
+        states, shares = ASR.encode(brain, batch, stage)
+    frames = (shares * states.shape[1]).round().int().tolist()
+    assert frames == [len(each) for each in alone]
+    for each, count, expected in zip(states, frames, alone, strict=True):
+        torch.testing.assert_close(each[:count], expected, rtol=1e-3, atol=1e-4)
+        assert not each[count:].any()
 
 
 def test_frames_without_time_pooling():

@@ -1,8 +1,9 @@
 """Batches whose utterances are recognised as each would be alone.
 
-To an encoder the padding of a batch is not nothing: the CNN sees it at an utterance's end, the
-backward direction of the RNN begins in it, and statistics of the features may count it. So each
-utterance is encoded by itself, and what takes the time, the search, is made for all together.
+To an encoder without `use_lengths` the padding of a batch is not nothing: the CNN sees it at an
+utterance's end, and the backward direction of the RNN begins in it. So each utterance is encoded by
+itself, and what takes the time, the search, is made for all together. With `use_lengths` one call
+encodes all: it is told how many frames of features each has.
 """
 
 import torch
@@ -10,6 +11,8 @@ from speechbrain.decoders.scorer import CoverageScorer, RNNLMScorer
 from torch.nn.utils.rnn import pad_sequence
 
 from sb_fast_sligru import CTCScorer, S2SRNNBeamSearcher, S2SRNNGreedySearcher
+
+from .frames import count_frames, relative_lengths
 
 
 def encode_each(encode, signals):
@@ -31,6 +34,41 @@ def encode_each(encode, signals):
     """
     states = [encode(signal.unsqueeze(0)).squeeze(0) for signal in signals]
     return pad_sequence(states, batch_first=True), torch.tensor([len(each) for each in states])
+
+
+def encode_together(encode, signals, encoder):
+    """Encode signals in one call, by an encoder that `encodes_utterances_alone`.
+
+    Arguments
+    ---------
+    encode : callable
+        Maps [B, samples] and relative lengths of their features, [B], to encoder states,
+        [B, T, features].
+    signals : list of torch.Tensor
+        [samples] each.
+    encoder : object
+        As `count_frames` takes it.
+
+    Returns
+    -------
+    states, frames : torch.Tensor
+        As `encode_each` returns them, whatever the states after an utterance's own are.
+    """
+    samples = torch.tensor([len(signal) for signal in signals])
+    wavs = pad_sequence(signals, batch_first=True)
+    states = encode(wavs, relative_lengths(encoder, samples, wavs.shape[1]))
+    return states, count_frames(encoder, samples)[1]
+
+
+def encodes_utterances_alone(encoder):
+    """Whether an encoder, told lengths, has the same states of an utterance as for it alone."""
+    # "batch" takes one mean of all utterances.
+    return takes_lengths(encoder) and encoder.normalize.norm_type != "batch"
+
+
+def takes_lengths(encoder):
+    """Whether the `enc` of an encoder minds lengths: SpeechBrain's takes none."""
+    return getattr(encoder.enc, "use_lengths", False)
 
 
 def decode_each(decode, states, frames):

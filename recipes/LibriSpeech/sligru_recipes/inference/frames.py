@@ -24,6 +24,28 @@ def count_frames(encoder, samples):
     return features, features // pooling
 
 
+def relative_lengths(encoder, samples, longest):
+    """Lengths of features relative to those of the longest waveform.
+
+    Of the frames that each has, unlike lengths of waveforms, by which one may be missing.
+
+    Arguments
+    ---------
+    encoder : object
+        As of `count_frames`.
+    samples : torch.Tensor
+        Of each waveform, [B].
+    longest : int
+        Samples of the padded waveforms.
+
+    Returns
+    -------
+    torch.Tensor
+        [B] float64: in float32 SpeechBrain's masks would have a frame too many.
+    """
+    return count_frames(encoder, samples)[0].double() / count_frames(encoder, longest)[0]
+
+
 def strides(encoder):
     """Samples from one frame of features to the next, and frames in one of states."""
     pooling = getattr(encoder.enc, "time_pooling", None)  # CRDNN's key of that name may be False

@@ -21,7 +21,7 @@ class Recogniser(torch.nn.Module):
     Arguments
     ---------
     encoder : torch.nn.Module
-        Maps waveforms and relative lengths to log-probabilities.
+        Maps waveforms to log-probabilities, those of one length without relative lengths.
     """
 
     def __init__(self, encoder):
@@ -30,7 +30,7 @@ class Recogniser(torch.nn.Module):
 
     def forward(self, wavs):
         """Map waveforms [B, samples] of one length to log-probabilities [B, T, tokens]."""
-        return self.encoder(wavs, torch.ones(wavs.shape[0]))
+        return self.encoder(wavs)
 
 
 def export_onnx(recogniser, path):

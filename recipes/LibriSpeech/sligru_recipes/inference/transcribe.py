@@ -12,7 +12,13 @@ from speechbrain.utils.logger import get_logger
 from torch.nn.functional import pad
 
 from .audio import UNREADABLE, cut_at_pauses, printable, read_audio, read_duration, reason
-from .batches import decode_each, encode_each, search_each
+from .batches import (
+    decode_each,
+    encode_each,
+    encode_together,
+    encodes_utterances_alone,
+    search_each,
+)
 from .frames import shortest_signal
 
 logger = get_logger(__name__)
@@ -28,7 +34,7 @@ class Transcript(NamedTuple):
 
 
 def transcribe(recogniser, files, max_batch_length=0.0, max_segment_length=float("inf")):
-    """Transcribe audio files one at a time or in batches, to the same texts.
+    """Transcribe audio files one at a time or in batches, to the same texts (see `batches.py`).
 
     Arguments
     ---------
@@ -103,7 +109,11 @@ def _recognise(recogniser, signals):
         return recogniser.encode_batch(wav, torch.ones(1))
 
     with torch.no_grad():
-        states, frames = encode_each(encode, signals)
+        if encodes_utterances_alone(recogniser.mods.encoder):
+            encoder = recogniser.mods.encoder
+            states, frames = encode_together(recogniser.encode_batch, signals, encoder)
+        else:
+            states, frames = encode_each(encode, signals)
         if isinstance(recogniser, EncoderDecoderASR):
             tokens = search_each(recogniser.mods.decoder, states, frames)
         else:

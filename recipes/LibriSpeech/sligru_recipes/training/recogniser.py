@@ -10,9 +10,9 @@ from speechbrain.dataio.dataset import FilteredSortedDynamicItemDataset
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
-from ..inference.batches import encode_each
+from ..inference.batches import encode_each, encodes_utterances_alone, takes_lengths
 from ..inference.export import export
-from ..inference.frames import count_frames
+from ..inference.frames import count_frames, relative_lengths
 from .brain import RecipeBrain, make_brain
 from .data import batching, dataio_prepare, prepare_data
 from .experiment import start_experiment
@@ -53,7 +53,8 @@ class ASR(RecipeBrain):
     def encode(self, batch, stage):
         """Map a batch's waveforms, augmented in training, to encoder states.
 
-        In a test each utterance is encoded alone, as if it were a batch of its own.
+        In a test each utterance is encoded as if it were a batch of its own: alone, or together
+        by an encoder of `use_lengths`.
 
         Returns
         -------
@@ -61,29 +62,37 @@ class ASR(RecipeBrain):
             [B, T, features], T in encoder frames; B is larger than the batch where augmentation
             adds copies (`augment_targets` follows).
         wav_lens : torch.Tensor
-            [B] length of each utterance relative to the longest, on the host; out of training, in
-            states.
+            [B] length of each utterance relative to the longest, on the host; in states, but for
+            training without `use_lengths`.
         """
-        wavs, wav_lens = batch.sig
-        if stage == sb.Stage.TRAIN:
-            wavs, wav_lens = self.hparams.wav_augment(wavs, wav_lens)
-            feats = self.hparams.compute_features(wavs)
-            lengths = wav_lens.to(self.device, non_blocking=True)
-            epoch = self.hparams.epoch_counter.current
-            feats = normalise(self.modules.normalize, feats, lengths, epoch)
-            return self.modules.enc(feats), wav_lens
+        is_told_lengths = takes_lengths(self.hparams)
 
         def encode(wavs, lengths):
             feats = self.hparams.compute_features(wavs)
-            return self.modules.enc(self.modules.normalize(feats, lengths.to(self.device)))
+            lengths = lengths.to(self.device, non_blocking=True)
+            if stage == sb.Stage.TRAIN:
+                epoch = self.hparams.epoch_counter.current
+                feats = normalise(self.modules.normalize, feats, lengths, epoch)
+            else:
+                feats = self.modules.normalize(feats, lengths)
+            return self.modules.enc(feats, lengths) if is_told_lengths else self.modules.enc(feats)
 
+        wavs, wav_lens = batch.sig
+        if stage == sb.Stage.TRAIN:
+            wavs, wav_lens = self.hparams.wav_augment(wavs, wav_lens)
         samples = (wav_lens * wavs.shape[1]).round().long()
-        if stage == sb.Stage.TEST:
+        if stage == sb.Stage.TEST and not encodes_utterances_alone(self.hparams):
             signals = [wav[:count] for wav, count in zip(wavs, samples.tolist(), strict=True)]
             states, frames = encode_each(lambda wav: encode(wav, torch.ones(1)), signals)
-        else:  # decode all states that an utterance has where it is alone
-            states, frames = encode(wavs, wav_lens), count_frames(self.hparams, samples)[1]
-        return states, frames / states.shape[1]
+            return states, frames / states.shape[1]
+        if is_told_lengths:
+            states = encode(wavs, relative_lengths(self.hparams, samples, wavs.shape[1]))
+        else:
+            states = encode(wavs, wav_lens)
+            if stage == sb.Stage.TRAIN:
+                return states, wav_lens
+        # All states that an utterance has where it is alone.
+        return states, count_frames(self.hparams, samples)[1] / states.shape[1]
 
     def augment_targets(self, stage, *targets):
         """Repeat token sequences and lengths as augmentation did the waveforms."""
