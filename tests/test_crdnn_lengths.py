@@ -140,12 +140,12 @@ def expected(net, x, frames):
     return {"states": states.detach()} | gradients(net, x, states) | statistics
 
 
-def assert_same(actual, expected, tolerance=1e-10):
+def assert_same(actual, expected, tolerance=1e-10, nothing=1e-3):
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert actual[name].shape == tensor.shape, name
         # What is zero in exact arithmetic is rounding alone.
-        scale = max(float(torch.linalg.vector_norm(tensor.double())), 1e-3)
+        scale = max(float(torch.linalg.vector_norm(tensor.double())), nothing)
         error = float(torch.linalg.vector_norm(actual[name].double() - tensor.double())) / scale
         assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
@@ -257,7 +257,7 @@ def test_on_a_gpu(training):
     lengths[FRAMES.argmax()] = 1.5
     lengths[FRAMES.argmin()] = 0.0
     actual = run(net.cuda(), x.cuda(), lengths.cuda(), FRAMES)
-    assert_same({name: value.cpu() for name, value in actual.items()}, correct, 1e-3)
+    assert_same({name: value.cpu() for name, value in actual.items()}, correct, 1e-3, 0.1)
 
 
 def test_compiled():

@@ -52,6 +52,11 @@ class CpuSteps {
     }
   }
 
+  // For a result of all frames, whose padding, if there may be any, is zero.
+  Tensor new_frames(const Inputs& in, int64_t n, ScalarType type) const {
+    return in.lengths && !in.packed() ? new_zeros(in.wx, in.frame_sizes(n), type)
+                                      : new_empty(in.wx, in.frame_sizes(n), type);
+  }
   // A layer as its steps see it.
   Recurrence layer(const Inputs& in) const {
     Recurrence layer = in.recurrence();

@@ -54,11 +54,6 @@ struct Inputs {
   std::vector<int64_t> frame_sizes(int64_t n) const {
     return packed() ? std::vector{wx.size(0), n} : std::vector{batch(), time(), n};
   }
-  // For results of all frames: zeros where padding stays, if there may be any.
-  Tensor new_frames(int64_t n, ScalarType type) const {
-    return lengths && !packed() ? new_zeros(wx, frame_sizes(n), type)
-                                : new_empty(wx, frame_sizes(n), type);
-  }
   Tensor new_rho() const {
     const std::vector<int64_t> sizes{layer_norm ? rows() : 0, time()};
     return lengths ? new_zeros(wx, sizes, acc_type()) : new_empty(wx, sizes, acc_type());

@@ -17,6 +17,9 @@ class CudaSteps {
   CudaSteps(const Inputs& in, cudaStream_t stream)
       : stream_(stream), rows_(in.rows()), places_(in, stream) {}
 
+  Tensor new_frames(const Inputs& in, int64_t n, ScalarType type) const {
+    return Places::new_frames(in, n, type, stream_);
+  }
   // Rows as they are.
   Recurrence layer(const Inputs& in) const {
     Recurrence layer = in.recurrence();

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "common/cuda_device.h"
+#include "light_gru/lengths.h"
 #include "light_gru/operator.h"
-#include "light_gru/order.h"
 
 namespace sb_fast_sligru {
 
@@ -16,6 +16,18 @@ class Places {
     memory_ = new_empty(in.wx, {rows_ + in.batch()}, ScalarType::Int);
     auto* order = memory_.mutable_data_ptr<int32_t>();
     check_launch(order_rows(in.recurrence(), order, packed_ ? order + rows_ : nullptr, stream));
+  }
+
+  // For a result of all frames, whose padding, if there may be any, is zero.
+  static Tensor new_frames(const Inputs& in, int64_t n, ScalarType type, cudaStream_t stream) {
+    const Tensor frames = new_empty(in.wx, in.frame_sizes(n), type);
+    if (in.lengths && !in.packed() && in.batch() * in.time() > 0) {
+      const int64_t bytes = n * (type == ScalarType::Double  ? 8
+                                 : type == ScalarType::Float ? 4
+                                                             : 2);
+      check_launch(clear_padding(in.recurrence(), frames.mutable_data_ptr(), bytes, stream));
+    }
+    return frames;
   }
 
   const int32_t* starts() const { return packed_ ? order() + rows_ : nullptr; }

@@ -32,7 +32,7 @@ template <class Steps>
 Outputs forward_sweep(const Inputs& in, const Steps& steps) {
   const int64_t R = in.rows(), T = in.time(), H = in.hidden();
   const ScalarType acc = in.acc_type();
-  Tensor h = in.new_frames(in.directions() * H, in.u.scalar_type());
+  Tensor h = steps.new_frames(in, in.directions() * H, in.u.scalar_type());
   Tensor rho = in.new_rho();
   if (R == 0 || T == 0) return {h, rho};
 
@@ -94,7 +94,7 @@ Gradients backward_sweep(const Inputs& in, const Saved& saved, Needs needs, cons
   };
 
   const Tensor uc = steps.recurrent_operand(in), uc_t = torch::stable::transpose(uc, 0, 1);
-  Tensor grad_wx = needs.wx ? in.new_frames(2 * H, in.wx.scalar_type())
+  Tensor grad_wx = needs.wx ? steps.new_frames(in, 2 * H, in.wx.scalar_type())
                             : new_empty(in.wx, {0}, in.wx.scalar_type());
   Tensor grad_u = new_zeros(in.wx, sizes_if(needs.u, {2 * H, H}), acc);
   Tensor grad_ln_weight = new_zeros(in.wx, sizes_if(need_ln, {R, 2 * H}), acc);

@@ -193,39 +193,43 @@ PRECISION_CASES = [
 each_precision = pytest.mark.parametrize("name, device, precision", PRECISION_CASES)
 
 
-def assert_no_worse_than_the_loop(name, device, precision, arguments):
-    """Every error against float64 is at most twice that of the loop in the same precision.
+def assert_no_worse_than_the_loop(name, device, precision, *draws):
+    """Every error against float64, the mean over the draws, is at most twice the loop's.
 
-    With tanh: ReLU's kink would make either gradient a matter of luck. 2 covers the luck of
-    rounding and of the order of sums; the persistent kernels' split of float32 may take 3.
-    benchmarks/bench_rnn.py --accuracy compares long sequences.
+    That is the loop in the same precision. With tanh: ReLU's kink would make either gradient a
+    matter of luck. 2 covers the luck of rounding and of the order of sums; the persistent kernels'
+    split of float32 may take 3. benchmarks/bench_rnn.py --accuracy compares long sequences.
     """
     dtype, autocast = PRECISIONS[precision]
-    # What the low precision is given is exact in it, so that only the computation is compared.
-    arguments = {
-        key: value.to(dtype).double() if is_float(value) else value
-        for key, value in arguments.items()
-    } | {"activation": "tanh"}
-    upstream = upstream_for(arguments).to(dtype).double()
-    exact = run("reference", arguments, upstream)
-    eager = run("reference", arguments, upstream, device, dtype, autocast)
+    errors = {"ours": {}, "eager": {}}
+    for arguments in draws:
+        # What the low precision is given is exact in it, so that only the computation is compared.
+        arguments = {
+            key: value.to(dtype).double() if is_float(value) else value
+            for key, value in arguments.items()
+        } | {"activation": "tanh"}
+        upstream = upstream_for(arguments).to(dtype).double()
+        exact = run("reference", arguments, upstream)
+        for who, backend_name in (("ours", name), ("eager", "reference")):
+            results = run(backend_name, arguments, upstream, device, dtype, autocast)
+            assert results["h"].dtype == dtype and results.keys() == exact.keys()
+            for key, value in results.items():
+                error = relative_error(value, exact[key]) / len(draws)
+                errors[who][key] = errors[who].get(key, 0) + error
     # A result of few values can be right by luck: allow a unit in the last place besides.
     last_place = torch.finfo(autocast or dtype).eps
     factor = 3 if (name, precision) == ("persistent", "float32") else 2
-    bounds = {
-        key: factor * relative_error(value, exact[key]) + last_place for key, value in eager.items()
-    }
-    results = run(name, arguments, upstream, device, dtype, autocast)
-    assert results["h"].dtype == eager["h"].dtype == dtype
-    assert_close(results, exact, bounds)
+    for key, error in errors["ours"].items():
+        bound = factor * errors["eager"][key] + last_place
+        assert error <= bound, f"{key}: relative error {error:.2e}, allowed {bound:.2e}"
 
 
 @each_precision
 @pytest.mark.parametrize("option", ["sligru-h0-mask", "sligru-affine-h0", "ligru-h0", *LENGTHS])
 @each_direction
 def test_error_is_no_worse_than_the_loop(name, device, precision, option, bidirectional):
-    arguments = make_inputs((6, 60, 96), option, bidirectional)
-    assert_no_worse_than_the_loop(name, device, precision, arguments)
+    draws = [make_inputs((6, 60, 96), option, bidirectional) for _ in range(3)]
+    assert_no_worse_than_the_loop(name, device, precision, *draws)
 
 
 def shape_id(shape):

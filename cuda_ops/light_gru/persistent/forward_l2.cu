@@ -162,16 +162,17 @@ struct L2Row {
     wx += step;
   }
 
-  __device__ __forceinline__ void store_next(const PersistentForward& p, bool stores_rho, float rho,
+  __device__ __forceinline__ void store_next(const PersistentForward& p, bool goes_on,
+                                             bool stores_rho, float rho,
                                              const bool (&in_range)[kUnitCells],
                                              const UnitState (&state)[kUnitCells]) {
     const bool is_float = kIsFloat || p.layer.output_type == DType::kFloat32;
     const int bytes = is_float ? 4 : 2;
-    if (stores_rho) p.rho[rho_index] = rho;
+    if (goes_on && stores_rho) p.rho[rho_index] = rho;
     rho_index += onward;
 #pragma unroll
     for (int u = 0; u < kUnitCells; u++) {
-      if (!in_range[u]) continue;
+      if (!in_range[u] || !goes_on) continue;
       char* to = h + 32 * u * bytes;
       if (is_float)
         *reinterpret_cast<float*>(to) = state[u].h;
@@ -286,7 +287,7 @@ __device__ __forceinline__ void forward(const L2Wave<PersistentForward>& wave) {
       const int end =
           layer.lengths == nullptr ? steps : static_cast<int>(load_uint(end_address(i)));
       const int left = end - t;
-      if (left > 0) rows[i].store_next(p, stores_rho, rho[i], in_range, state[i]);
+      rows[i].store_next(p, left > 0, stores_rho, rho[i], in_range, state[i]);
       if (t + 1 < steps) rows[i].load_next(layer, wx_float, left - 1, in_range, wx[i]);
     }
   }

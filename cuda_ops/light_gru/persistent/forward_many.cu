@@ -262,8 +262,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   // See add_row_sums(): whose rho the lane computes.
   const int rho_local_row = at.warp * kManyTiles + at.lane % 8;
   const bool computes_rho = at.lane % 8 < kManyTiles && rho_local_row < 8 * rows.tiles;
-  RhoOutput rho_output(p, rows.locate(rho_local_row),
-                       kLayerNorm && at.rank == 0 && at.lane < kManyTiles);
+  const Row rho_row = rows.locate(rho_local_row);
+  RhoOutput rho_output(p, rho_row, kLayerNorm && at.rank == 0 && at.lane < kManyTiles);
 
   uint32_t hidden_store =
       shared_address(&shared.hidden[0][at.warp * kCoreBytes + at.g * 16 + at.c * 4]);
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     if constexpr (kLayerNorm) {
       const float rho = norm.rho(add_row_sums(shared.squares));
       if (computes_rho && at.lane < 8) shared.rho[rho_local_row] = rho;
-      rho_output.store(t, rho);
+      rho_output.store(t < rho_row.length, rho);
     }
     copy_async_wait<0>();
     __syncthreads();

@@ -309,8 +309,9 @@ __global__ void __launch_bounds__(kThreads<kUnits>, kBlockUnits * 2 / kUnits)
     update(state, activation, wx_t, r, rho);
 
     sender.send_hidden(state.h, t + 1);
-    output.store<T>(t, state.h);
-    rho_output.store(t, rho);
+    const bool goes_on = t < row.length;
+    output.store<T>(goes_on, state.h);
+    rho_output.store(goes_on, rho);
   }
   arrivals.wait_for_last_hidden(at.steps);
   cluster_barrier();

@@ -425,8 +425,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     // In the shadow of hop 2: the copy for a later step.
     wx.stream.fetch_group(t + kRingSteps - 1);
     copy_async_wait<kRingSteps - 2>();
-    output.store_float(t, state.h);
-    rho_output.store(t, rho);
+    const bool goes_on = t < row.length;
+    output.store_float(goes_on, state.h);
+    rho_output.store(goes_on, rho);
   }
   for (int n = 0; n < kCluster; n++)
     mbarrier::wait(shared_address(&shared.hidden_arrived[at.steps % G::kBuffers][n]),

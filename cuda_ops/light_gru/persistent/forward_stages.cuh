@@ -249,11 +249,11 @@ struct HiddenOutput {
   char* target;  // of the next step, from `unit` on
   int64_t target_step;
   bool is_float;
-  int steps;  // that are stored
+  bool stored;
 
   __device__ __forceinline__ HiddenOutput(const PersistentForward& p, const Row& row, int unit,
                                           bool in_range)
-      : steps(in_range ? row.stored_steps() : 0) {
+      : stored(row.valid && in_range) {
     const Sequence h = h_sequence(p.layer, p.h);
     target = const_cast<char*>(
         h.at(p.layer, row, 0, row.direction * static_cast<int>(p.layer.hidden) + unit));
@@ -261,15 +261,15 @@ struct HiddenOutput {
     is_float = h.is_float();
   }
 
-  // Of step n, by the lane of the unit. Steps are stored in order.
-  __device__ __forceinline__ void store_float(int n, float h) {
-    if (n < steps) *reinterpret_cast<float*>(target) = h;
+  // By the lane of the unit. Nothing is stored of a row that does not go on.
+  __device__ __forceinline__ void store_float(bool goes_on, float h) {
+    if (goes_on && stored) *reinterpret_cast<float*>(target) = h;
     target += target_step;
   }
   // T: the 16-bit type, if it is one.
   template <class T>
-  __device__ __forceinline__ void store(int n, float h) {
-    if (n < steps) {
+  __device__ __forceinline__ void store(bool goes_on, float h) {
+    if (goes_on && stored) {
       if (is_float)
         *reinterpret_cast<float*>(target) = h;
       else
@@ -282,15 +282,15 @@ struct HiddenOutput {
 struct RhoOutput {
   float* target;  // of the next step
   int target_step;
-  int steps;  // that are stored
+  bool stored;
 
   __device__ __forceinline__ RhoOutput(const PersistentForward& p, const Row& row, bool chosen)
-      : target_step(row.direction ? -1 : 1), steps(chosen ? row.stored_steps() : 0) {
+      : target_step(row.direction ? -1 : 1), stored(chosen && row.valid) {
     target = nullptr;
-    if (steps > 0) target = p.rho + row.index * p.layer.time + row.time_of(0);
+    if (stored) target = p.rho + row.index * p.layer.time + row.time_of(0);
   }
-  __device__ __forceinline__ void store(int n, float rho) {
-    if (n < steps) {
+  __device__ __forceinline__ void store(bool goes_on, float rho) {
+    if (goes_on && stored) {
       *target = rho;
       target += target_step;
     }

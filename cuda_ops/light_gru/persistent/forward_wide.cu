@@ -309,12 +309,13 @@ __device__ __forceinline__ void update_rows(UnitState (&state)[2], Activation ac
 template <class G>
 struct LateOutput {
   HiddenOutput output;
+  int length;  // steps of its row's sequence
   uint32_t own_slot, state_store, state_load;
 
   __device__ __forceinline__ LateOutput(Shared<G>& shared, const PersistentForward& p,
-                                        const Position& at)
-      : output(p, locate_row(p.layer, at.row0 + at.warp), at.block_unit0 + 2 * at.lane,
-               at.block_unit0 + 2 * at.lane < at.hidden_size) {
+                                        const Position& at, const Row& row)
+      : output(p, row, at.block_unit0 + 2 * at.lane, at.block_unit0 + 2 * at.lane < at.hidden_size),
+        length(row.length) {
     own_slot =
         shared_address(&shared.hidden[0][section_row(at.warp, at.lane >> 2) + (at.lane & 3) * 4]);
     state_store = shared_address(&shared.states[0][2 * at.c][at.warp * 8 + at.g]);
@@ -335,7 +336,7 @@ struct LateOutput {
     }
   }
   __device__ __forceinline__ void store(int t, uint32_t words) {
-    if (t < output.steps) {
+    if (output.stored && t < length) {
       if (output.is_float)
         *reinterpret_cast<float2*>(output.target) =
             load_float2(state_load + t % 2 * sizeof(Shared<G>::states[0]));
@@ -381,10 +382,10 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 #pragma unroll
   for (int n = 0; n < kRingSteps - 1; n++) wx.stream.fetch_group(n);
   copy_async_wait<kRingSteps - 2>();
-  LateOutput<G> late(shared, p, at);
+  LateOutput<G> late(shared, p, at, locate_row(layer, at.row0 + at.warp));
   // The first block's first 8 lanes store rho of row 2c + g.
-  RhoOutput rho_output(p, locate_row(layer, at.row0 + local_row + (at.g & 1)),
-                       kLayerNorm && at.rank == 0 && at.warp == 0 && at.g < 2);
+  const Row rho_row = locate_row(layer, at.row0 + local_row + (at.g & 1));
+  RhoOutput rho_output(p, rho_row, kLayerNorm && at.rank == 0 && at.warp == 0 && at.g < 2);
   RootMeanSquare norm(layer);
   const Activation activation = kPlain ? Activation::kRelu : layer.activation;
   pin(wx.stream.source_step), pin(late.output.target_step);
@@ -420,7 +421,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     sender.set(state[0].h, state[1].h);
     sender.send_early(t + 1);
     late.keep(state, t);
-    rho_output.store(t, (at.g & 1) ? rho[1] : rho[0]);
+    rho_output.store(t < rho_row.length, (at.g & 1) ? rho[1] : rho[0]);
     copy_async_wait<kRingSteps - 3>();
     wx.stream.fetch_group(t + kRingSteps - 1);
   }

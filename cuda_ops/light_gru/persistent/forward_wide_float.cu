@@ -206,12 +206,13 @@ struct HiddenSender {
 template <class G>
 struct LateOutput {
   HiddenOutput output;
+  int length;  // steps of its row's sequence
   uint32_t state_store, state_load;
 
   __device__ __forceinline__ LateOutput(Shared<G>& shared, const PersistentForward& p,
-                                        const Position& at)
-      : output(p, locate_row(p.layer, at.row0 + at.warp), at.block_unit0 + 2 * at.lane,
-               at.block_unit0 + 2 * at.lane < at.hidden_size) {
+                                        const Position& at, const Row& row)
+      : output(p, row, at.block_unit0 + 2 * at.lane, at.block_unit0 + 2 * at.lane < at.hidden_size),
+        length(row.length) {
     state_store = shared_address(&shared.states[0][2 * at.c][at.warp * 8 + at.g]);
     state_load = shared_address(&shared.states[0][at.warp][2 * at.lane]);
   }
@@ -224,7 +225,7 @@ struct LateOutput {
           state[i].h);
   }
   __device__ __forceinline__ void store(int t) {
-    if (t < output.steps)
+    if (output.stored && t < length)
       *reinterpret_cast<float2*>(output.target) =
           load_float2(state_load + t % 2 * sizeof(Shared<G>::states[0]));
     output.target += output.target_step;
@@ -264,10 +265,10 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   __syncthreads();  // the ring is zero before copies land in it
   wx.stream.fetch(0);
   product.weights.request_first();
-  LateOutput<G> late(shared, p, at);
+  LateOutput<G> late(shared, p, at, locate_row(layer, at.row0 + at.warp));
   // The first block's first 8 lanes store rho of row 2c + g.
-  RhoOutput rho_output(p, locate_row(layer, at.row0 + local_row + (at.g & 1)),
-                       kLayerNorm && at.rank == 0 && at.warp == 0 && at.g < 2);
+  const Row rho_row = locate_row(layer, at.row0 + local_row + (at.g & 1));
+  RhoOutput rho_output(p, rho_row, kLayerNorm && at.rank == 0 && at.warp == 0 && at.g < 2);
   RootMeanSquare norm(layer);
   const Activation activation = layer.activation;
   pin(wx.stream.source_step), pin(late.output.target_step);
@@ -304,7 +305,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 
     sender.send_hidden(state, t + 1);
     late.keep(state, t);
-    rho_output.store(t, (at.g & 1) ? rho[1] : rho[0]);
+    rho_output.store(t < rho_row.length, (at.g & 1) ? rho[1] : rho[0]);
   }
   arrivals.wait_for_last_hidden(at.steps);
   __syncthreads();  // states

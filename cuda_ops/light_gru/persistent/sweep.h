@@ -35,7 +35,7 @@ inline Tensor exchange_memory(const Inputs& in, const KernelChoice& choice, Dire
 inline Outputs persistent_forward(const Inputs& in, const KernelChoice& choice,
                                   cudaStream_t stream) {
   const int64_t R = in.rows(), T = in.time(), H = in.hidden();
-  Tensor h = in.new_frames(in.directions() * H, in.u.scalar_type());
+  Tensor h = Places::new_frames(in, in.directions() * H, in.u.scalar_type(), stream);
   Tensor rho = in.new_rho();
   if (R == 0 || T == 0) return {h, rho};
   const Tensor u = kernel_operand(
@@ -80,7 +80,7 @@ inline Gradients persistent_backward(const Inputs& in, const Saved& saved, Needs
   const Tensor &h = saved.h, &rho = saved.rho;
   const ScalarType fp32 = ScalarType::Float;
   auto nothing = [&] { return new_empty(in.wx, {0}, fp32); };
-  Tensor grad_wx = in.new_frames(2 * H, in.wx.scalar_type());
+  Tensor grad_wx = Places::new_frames(in, 2 * H, in.wx.scalar_type(), stream);
   Tensor grad_h0 = new_zeros(in.wx, {R, H}, fp32);
   // Sums over the chunks; the first chunk's part is the first sum.
   const bool empty = R == 0 || T == 0;

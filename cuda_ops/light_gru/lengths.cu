@@ -1,14 +1,16 @@
-// The rows of a batch in the order of their lengths, on the GPU, where the lengths are: the rows of a
-// cluster then end together, and the longest, which start first, do not wait for a place.
+// What the lengths of sequences mean for a batch, on the GPU, where they are.
+//
+// The order in which its rows are served: those of a cluster then end together, and the longest, which
+// start first, do not wait for a place. And where packed sequences begin.
 //
 //   place of a row = rows that are longer + rows as long in front of it
 //   start of a sequence = sum of the lengths in front of it
 //
 // Layout: a thread a row; each compares its sequence with all of the batch, 4 bytes each, which costs
-// less than to sort them up to tens of thousands.
+// less than to sort them up to tens of thousands. To zero padding, a block has a frame.
 #include <cuda_runtime.h>
 
-#include "light_gru/order.h"
+#include "light_gru/lengths.h"
 
 namespace sb_fast_sligru {
 namespace {
@@ -35,12 +37,38 @@ __global__ void __launch_bounds__(kThreads)
   if (starts != nullptr && row < layer.batch) starts[row] = static_cast<int32_t>(start);
 }
 
+template <class Word>
+__global__ void __launch_bounds__(kThreads)
+    clear_kernel(const __grid_constant__ Recurrence layer, Word* __restrict__ data,
+                 int64_t frame_words) {
+  const int64_t b = blockIdx.x / layer.time, t = blockIdx.x % layer.time;
+  if (t < layer.length_of(b)) return;
+  for (int64_t i = threadIdx.x; i < frame_words; i += kThreads)
+    data[blockIdx.x * frame_words + i] = Word{};
+}
+
+template <class Word>
+void clear(const Recurrence& layer, void* data, int64_t frame_bytes, cudaStream_t stream) {
+  const auto frames = static_cast<unsigned>(layer.batch * layer.time);
+  clear_kernel<<<frames, kThreads, 0, stream>>>(layer, static_cast<Word*>(data),
+                                                frame_bytes / static_cast<int64_t>(sizeof(Word)));
+}
+
 }  // namespace
 
 cudaError_t order_rows(const Recurrence& layer, int32_t* order, int32_t* starts,
                        cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((layer.rows() + kThreads - 1) / kThreads);
   order_kernel<<<blocks, kThreads, 0, stream>>>(layer, order, starts);
+  return cudaGetLastError();
+}
+
+cudaError_t clear_padding(const Recurrence& layer, void* data, int64_t frame_bytes,
+                          cudaStream_t stream) {
+  if (frame_bytes % 16 == 0)
+    clear<uint4>(layer, data, frame_bytes, stream);
+  else
+    clear<uint16_t>(layer, data, frame_bytes, stream);
   return cudaGetLastError();
 }
 

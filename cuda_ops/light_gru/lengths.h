@@ -1,4 +1,4 @@
-// See order.cu.
+// See lengths.cu.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,5 +11,9 @@ namespace sb_fast_sligru {
 // unless it is null.
 cudaError_t order_rows(const Recurrence& layer, int32_t* order, int32_t* starts,
                        cudaStream_t stream);
+
+// Zeros the padding of [B, T, n], whose frames have so many bytes, an even number.
+cudaError_t clear_padding(const Recurrence& layer, void* data, int64_t frame_bytes,
+                          cudaStream_t stream);
 
 }  // namespace sb_fast_sligru
