@@ -18,23 +18,30 @@ namespace {
 constexpr int kThreads = 128;
 
 __global__ void __launch_bounds__(kThreads)
-    order_kernel(const __grid_constant__ Recurrence layer, int32_t* __restrict__ order,
-                 int32_t* __restrict__ starts) {
+    resolve_kernel(const __grid_constant__ Recurrence layer, int64_t frames,
+                   const __grid_constant__ LengthArrays arrays) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= layer.rows()) return;
-  const int64_t own = row % layer.batch, length = layer.length_of(row);
+  const auto length_of = [&](int64_t b) {
+    const int64_t length = layer.lengths[b];
+    return length < 0 ? 0 : length < layer.time ? length : layer.time;
+  };
+  const int64_t own = row % layer.batch, length = length_of(own);
   // Sequences that are longer, as long, as long and in front; frames of all in front.
   int64_t longer = 0, equal = 0, equal_before = 0, start = 0;
   for (int64_t b = 0; b < layer.batch; ++b) {
-    const int64_t other = layer.length_of(b);
+    const int64_t other = length_of(b);
     longer += other > length;
     equal += other == length;
     equal_before += other == length && b < own;
     if (b < own) start += other;
   }
   const int64_t place = longer * layer.directions + row / layer.batch * equal + equal_before;
-  order[place] = static_cast<int32_t>(row);
-  if (starts != nullptr && row < layer.batch) starts[row] = static_cast<int32_t>(start);
+  arrays.order[place] = static_cast<int32_t>(row);
+  if (row >= layer.batch) return;
+  const int64_t left = start < frames ? frames - start : 0;
+  arrays.lengths[row] = static_cast<int32_t>(length < left ? length : left);
+  arrays.starts[row] = static_cast<int32_t>(start);
 }
 
 template <class Word>
@@ -56,10 +63,10 @@ void clear(const Recurrence& layer, void* data, int64_t frame_bytes, cudaStream_
 
 }  // namespace
 
-cudaError_t order_rows(const Recurrence& layer, int32_t* order, int32_t* starts,
-                       cudaStream_t stream) {
+cudaError_t resolve_lengths(const Recurrence& layer, int64_t frames, const LengthArrays& arrays,
+                            cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((layer.rows() + kThreads - 1) / kThreads);
-  order_kernel<<<blocks, kThreads, 0, stream>>>(layer, order, starts);
+  resolve_kernel<<<blocks, kThreads, 0, stream>>>(layer, frames, arrays);
   return cudaGetLastError();
 }
 

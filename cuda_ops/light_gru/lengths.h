@@ -7,10 +7,17 @@
 
 namespace sb_fast_sligru {
 
-// Fills order [R], Recurrence::order of a layer that has lengths, and starts [B], Recurrence::starts,
-// unless it is null.
-cudaError_t order_rows(const Recurrence& layer, int32_t* order, int32_t* starts,
-                       cudaStream_t stream);
+// What the lengths of a layer come to.
+struct LengthArrays {
+  int32_t* order;  // [R], Recurrence::order
+  int32_t*
+      lengths;  // [B], Recurrence::lengths within their bounds: 0 to T and, packed, `frames` in all
+  int32_t* starts;  // [B], Recurrence::starts
+};
+
+// Fills the arrays; frames: those of packed sequences, or none is too many.
+cudaError_t resolve_lengths(const Recurrence& layer, int64_t frames, const LengthArrays& arrays,
+                            cudaStream_t stream);
 
 // Zeros the padding of [B, T, n], whose frames have so many bytes, an even number.
 cudaError_t clear_padding(const Recurrence& layer, void* data, int64_t frame_bytes,

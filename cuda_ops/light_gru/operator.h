@@ -46,7 +46,6 @@ struct Inputs {
     layer.ln_weight = pointer(ln_weight);
     layer.ln_bias = pointer(ln_bias);
     layer.lengths = static_cast<const int32_t*>(pointer(lengths));
-    layer.frames = packed() ? wx.size(0) : batch() * time();
     return layer;
   }
 

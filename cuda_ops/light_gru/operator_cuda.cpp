@@ -18,12 +18,12 @@ class CudaSteps {
       : stream_(stream), rows_(in.rows()), places_(in, stream) {}
 
   Tensor new_frames(const Inputs& in, int64_t n, ScalarType type) const {
-    return Places::new_frames(in, n, type, stream_);
+    return places_.new_frames(in, n, type);
   }
   // Rows as they are.
-  Recurrence layer(const Inputs& in) const {
-    Recurrence layer = in.recurrence();
-    layer.starts = places_.starts();
+  Recurrence layer(const Inputs&) const {
+    Recurrence layer = places_.layer();
+    layer.order = nullptr;
     return layer;
   }
   // The lengths are on the GPU: any row may go on, in any step the directions may meet.

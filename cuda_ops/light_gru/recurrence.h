@@ -41,11 +41,7 @@ struct Recurrence {
   SLIGRU_HD int64_t rows() const { return batch * directions; }
   SLIGRU_HD int64_t row_at(int64_t slot) const { return order == nullptr ? slot : order[slot]; }
   SLIGRU_HD int64_t length_of(int64_t row) const {
-    if (lengths == nullptr) return time;
-    const int64_t b = row < batch ? row : row - batch, length = lengths[b];
-    int64_t most = time;
-    if (starts != nullptr && frames - starts[b] < most) most = frames - starts[b];
-    return length < most ? (length < 0 ? 0 : length) : (most < 0 ? 0 : most);
+    return lengths == nullptr ? time : lengths[row < batch ? row : row - batch];
   }
   // The element of an array of such strides that begins frame t of sequence b.
   SLIGRU_HD int64_t element_of(int64_t b, int64_t t, int64_t batch_stride,

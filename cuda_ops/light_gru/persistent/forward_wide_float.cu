@@ -141,7 +141,7 @@ struct Product {
 // wx in whole 128-byte lines: 8 neighbouring threads a line. In the ring: [row][a, z][8 units of a
 // warp], warps permuted by row against bank conflicts.
 struct Input {
-  InputStream<2, kRingBytes> stream;
+  InputStream<2, kRingBytes> stream;  // of the row that LateOutput stores, too
   uint32_t load_address;
 
   static __device__ __forceinline__ int section_of(int row, int gate, int section) {
@@ -206,13 +206,12 @@ struct HiddenSender {
 template <class G>
 struct LateOutput {
   HiddenOutput output;
-  int length;  // steps of its row's sequence
   uint32_t state_store, state_load;
 
   __device__ __forceinline__ LateOutput(Shared<G>& shared, const PersistentForward& p,
                                         const Position& at, const Row& row)
-      : output(p, row, at.block_unit0 + 2 * at.lane, at.block_unit0 + 2 * at.lane < at.hidden_size),
-        length(row.length) {
+      : output(p, row, at.block_unit0 + 2 * at.lane,
+               at.block_unit0 + 2 * at.lane < at.hidden_size) {
     state_store = shared_address(&shared.states[0][2 * at.c][at.warp * 8 + at.g]);
     state_load = shared_address(&shared.states[0][at.warp][2 * at.lane]);
   }
@@ -224,8 +223,8 @@ struct LateOutput {
           state_store + t % 2 * sizeof(Shared<G>::states[0]) + i * sizeof(Shared<G>::states[0][0]),
           state[i].h);
   }
-  __device__ __forceinline__ void store(int t) {
-    if (output.stored && t < length)
+  __device__ __forceinline__ void store(int t, bool goes_on) {
+    if (output.stored && goes_on)
       *reinterpret_cast<float2*>(output.target) =
           load_float2(state_load + t % 2 * sizeof(Shared<G>::states[0]));
     output.target += output.target_step;
@@ -293,7 +292,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     wx.stream.fetch(t + 1);
     GatePair wx_t[2];
     wx.load(wx_t, t);
-    if (t > 0) late.store(t - 1);
+    if (t > 0) late.store(t - 1, t - 1 < wx.stream.steps);
     float rho[2] = {1.f, 1.f};
     if constexpr (kLayerNorm) {
       for (int i = 0; i < 2; i++) scale_and_shift(parameters, wx_t[i], r[i]);
@@ -309,7 +308,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   }
   arrivals.wait_for_last_hidden(at.steps);
   __syncthreads();  // states
-  late.store(at.steps - 1);
+  late.store(at.steps - 1, at.steps <= wx.stream.steps);
   copy_async_wait<0>();
   cluster_barrier();
 #endif

@@ -42,23 +42,30 @@ struct Row {
   __device__ __forceinline__ int stored_steps() const { return valid ? length : 0; }
 };
 
+// Completed from its index.
+__device__ __forceinline__ Row complete(Row row, const Recurrence& layer) {
+  const int batch = static_cast<int>(layer.batch);
+  row.direction = row.index >= batch;
+  row.batch = row.index - row.direction * batch;
+  row.length = layer.lengths == nullptr ? static_cast<int>(layer.time) : layer.lengths[row.batch];
+  return row;
+}
+
 __device__ __forceinline__ Row row_of_layer(const Recurrence& layer, int index) {
   Row row;
-  const int batch = static_cast<int>(layer.batch);
   row.index = index;
-  row.direction = index >= batch;
-  row.batch = index - row.direction * batch;
-  row.length = static_cast<int>(layer.length_of(index));
   row.valid = true;
-  return row;
+  return complete(row, layer);
 }
 
 // The row that the time loops serve as number `slot`: see Recurrence::order.
 __device__ __forceinline__ Row locate_row(const Recurrence& layer, int slot) {
+  Row row;
   const int rows = static_cast<int>(layer.rows());
-  Row row = row_of_layer(layer, static_cast<int>(layer.row_at(min(slot, rows - 1))));
   row.valid = slot < rows;
-  return row;
+  row.index = row.valid ? slot : rows - 1;
+  if (layer.order != nullptr) row.index = layer.order[row.index];
+  return complete(row, layer);
 }
 
 // Steps of the longest sequence of those from `slot` on.

@@ -35,16 +35,16 @@ inline Tensor exchange_memory(const Inputs& in, const KernelChoice& choice, Dire
 inline Outputs persistent_forward(const Inputs& in, const KernelChoice& choice,
                                   cudaStream_t stream) {
   const int64_t R = in.rows(), T = in.time(), H = in.hidden();
-  Tensor h = Places::new_frames(in, in.directions() * H, in.u.scalar_type(), stream);
+  const Places places(in, stream);
+  Tensor h = places.new_frames(in, in.directions() * H, in.u.scalar_type());
   Tensor rho = in.new_rho();
   if (R == 0 || T == 0) return {h, rho};
   const Tensor u = kernel_operand(
       choice.kernel, recurrent_operand(in, stream),
       [&](const float* centred, void* packed) { return pack_forward(centred, packed, H, stream); });
   const Tensor exchange = exchange_memory(in, choice, Direction::kForward);
-  const Places places(in, stream);
   PersistentForward p = {};
-  p.layer = places.layer(in);
+  p.layer = places.layer();
   p.u = u.const_data_ptr();
   p.h = h.mutable_data_ptr();
   p.rho = in.layer_norm ? rho.mutable_data_ptr<float>() : nullptr;
@@ -80,7 +80,8 @@ inline Gradients persistent_backward(const Inputs& in, const Saved& saved, Needs
   const Tensor &h = saved.h, &rho = saved.rho;
   const ScalarType fp32 = ScalarType::Float;
   auto nothing = [&] { return new_empty(in.wx, {0}, fp32); };
-  Tensor grad_wx = Places::new_frames(in, 2 * H, in.wx.scalar_type(), stream);
+  const Places places(in, stream);
+  Tensor grad_wx = places.new_frames(in, 2 * H, in.wx.scalar_type());
   Tensor grad_h0 = new_zeros(in.wx, {R, H}, fp32);
   // Sums over the chunks; the first chunk's part is the first sum.
   const bool empty = R == 0 || T == 0;
@@ -117,14 +118,13 @@ inline Gradients persistent_backward(const Inputs& in, const Saved& saved, Needs
     const Tensor m2 = ln ? buffer(R * chunk, fp32) : nothing();
     const Tensor affine = need_ln ? buffer(affine_partials(R, chunk) * 4 * H, fp32) : nothing();
     const Tensor exchange = exchange_memory(in, choice, Direction::kBackward);
-    const Places places(in, stream);
     auto front = [](Tensor t, int64_t rows, int64_t columns) {
       std::vector<int64_t> sizes{rows, columns};
       return torch::stable::view(torch::stable::narrow(t, 0, 0, rows * columns), sizes);
     };
 
     PersistentBackward p = {};
-    p.layer = places.layer(in);
+    p.layer = places.layer();
     p.u = kernel_u.const_data_ptr();
     p.h = h.const_data_ptr();
     p.rho = ln ? rho.const_data_ptr<float>() : nullptr;
