@@ -308,7 +308,10 @@ class _LightGRU:
         batch, padded_time = x.shape[0], x.shape[1]
         if lengths is not None:
             steps = count_steps(lengths, batch, padded_time)
-            if self.training:  # packed: nothing is computed of padding
+            packed = self.training
+            if not torch.jit.is_scripting():
+                packed = packed or _packs_freely(x)
+            if packed:  # nothing is computed of padding
                 frames = valid_frames(steps, padded_time)
                 x = x.flatten(0, 1).index_select(0, frames)
                 time = padded_time
@@ -466,6 +469,11 @@ def valid_frames(steps: torch.Tensor, time: int) -> torch.Tensor:
     """
     valid = torch.arange(time, device=steps.device) < steps.unsqueeze(1)
     return valid.flatten().nonzero().squeeze(1)
+
+
+def _packs_freely(x):
+    """Tell whether packing needs no wait and makes no graph of data-dependent shapes."""
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 @torch.jit.ignore
