@@ -164,16 +164,14 @@ std::tuple<std::string, int64_t, int64_t, int64_t, std::string> light_gru_kernel
 STABLE_TORCH_LIBRARY_FRAGMENT(sb_fast_sligru, m) {
   m.def(
       "light_gru(Tensor wx, Tensor u, Tensor? h0, Tensor? drop_mask, Tensor? ln_weight, "
-      "Tensor? ln_bias, Tensor? lengths, SymInt? packed_time, bool layer_norm, float eps, str "
-      "activation, bool "
-      "bidirectional, "
-      "str operand_dtype, str backend) -> (Tensor h, Tensor rho)");
+      "Tensor? ln_bias, Tensor? lengths, SymInt? packed_time, bool layer_norm, float eps, "
+      "str activation, bool bidirectional, str operand_dtype, str backend) "
+      "-> (Tensor h, Tensor rho)");
   m.def(
       "light_gru_backward(Tensor grad_h, Tensor wx, Tensor u, Tensor? h0, Tensor? drop_mask, "
       "Tensor? ln_weight, Tensor? ln_bias, Tensor? lengths, SymInt? packed_time, bool layer_norm, "
-      "float eps, "
-      "str activation, bool bidirectional, str operand_dtype, str backend, Tensor h, Tensor rho, "
-      "bool need_wx, bool need_u, bool need_h0, bool need_ln) "
+      "float eps, str activation, bool bidirectional, str operand_dtype, str backend, Tensor h, "
+      "Tensor rho, bool need_wx, bool need_u, bool need_h0, bool need_ln) "
       "-> (Tensor grad_wx, Tensor grad_u, Tensor grad_h0, Tensor grad_ln_weight, "
       "Tensor grad_ln_bias)");
   m.def(

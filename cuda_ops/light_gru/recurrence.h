@@ -4,10 +4,11 @@
 //
 // Axes: B batch, T time, H hidden units, D directions (1 or 2), R = D * B rows, forward rows first.
 // Row r belongs to direction r / B and batch entry r % B, a sequence of L <= T steps. Step n of a row
-// is time n (forward direction) or L - 1 - n (backward direction); what lies from time L on is padding:
-// never read, and zero in the results. Or sequences are packed, one after the other without padding:
-// [frames, n] then takes the place of [B, T, n], and T is but a bound of L. A row of 2H holds the candidate's H values, then the update
-// gate's. "acc" is the accumulation type: double for double, float for everything else.
+// is time n (forward direction) or L - 1 - n (backward direction); what lies from time L on is
+// padding: never read, and zero in the results. Or sequences are packed, one after the other without
+// padding: [frames, n] then takes the place of [B, T, n], and T is but a bound of L. A row of 2H holds
+// the candidate's H values, then the update gate's. "acc" is the accumulation type: double for double,
+// float for everything else.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +36,6 @@ struct Recurrence {
   const void* ln_bias;                      // [2H] acc, or null for zeros
   const int32_t* lengths;                   // [B] steps of each sequence, or null for T
   const int32_t* starts;  // [B] of each sequence its first frame, if they are packed, or null
-  int64_t frames;         // of all sequences, if they are packed
   const int32_t* order;   // [R] rows, those of longer sequences first, or null for any order
 
   SLIGRU_HD int64_t rows() const { return batch * directions; }

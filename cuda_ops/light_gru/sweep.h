@@ -45,14 +45,13 @@ Outputs forward_sweep(const Inputs& in, const Steps& steps) {
   initial.rows = R;
   initial.previous = state.mutable_data_ptr();
   steps.gather_previous(initial);
-  const Tensor operand = in.operand_type == acc ? state : torch::stable::to(state, in.operand_type);
+  Tensor operand = in.operand_type == acc ? state : torch::stable::to(state, in.operand_type);
 
   // r = operand Uc^T, or its transpose.
   const Tensor uc_t = torch::stable::transpose(uc, 0, 1);
   Tensor r = new_empty(in.wx, {R * 2 * H}, acc);
   ViewOfRows operand_of([&](int64_t rows) {
-    Tensor active = operand;
-    active = torch::stable::narrow(active, 0, 0, rows);
+    const Tensor active = torch::stable::narrow(operand, 0, 0, rows);
     return steps.writes_transposed(in, rows) ? torch::stable::transpose(active, 0, 1) : active;
   });
   ViewOfRows r_of([&](int64_t rows) {
