@@ -310,6 +310,7 @@ class _LightGRU:
             steps = count_steps(lengths, batch, padded_time)
             packed = self.training
             if not torch.jit.is_scripting():
+                _check_layers(self.rnn)
                 packed = packed or _packs_freely(x)
             if packed:  # nothing is computed of padding
                 frames = valid_frames(steps, padded_time)
@@ -325,7 +326,13 @@ class _LightGRU:
             hx = hx.reshape(self.num_layers, -1, self.hidden_size)
         last = []
         for i, layer in enumerate(self.rnn):
-            x = layer(x, None if hx is None else hx[i], steps, time)
+            h0 = None if hx is None else hx[i]
+            if (
+                steps is None
+            ):  # SpeechBrain's own layers, which `accelerate` may leave, take no more
+                x = layer(x, h0)
+            else:
+                x = layer(x, h0, steps, time)
             if ends is None:
                 last.append(x[:, -1])
             else:
@@ -471,6 +478,14 @@ def valid_frames(steps: torch.Tensor, time: int) -> torch.Tensor:
     return valid.flatten().nonzero().squeeze(1)
 
 
+def _check_layers(layers):
+    """Raise ValueError if one is SpeechBrain's own, which takes no lengths."""
+    for i, layer in enumerate(layers):
+        own = isinstance(layer, (stock.SLiGRU_Layer, stock.LiGRU_Layer))
+        if own and not isinstance(layer, _LightGRULayer):
+            raise ValueError(f"lengths: layer {i} is SpeechBrain's own, whose loop takes none")
+
+
 def _packs_freely(x):
     """Tell whether packing needs no wait and makes no graph of data-dependent shapes."""
     return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
@@ -504,7 +519,11 @@ def _check_shapes(
             raise ValueError("steps must be given where time is")
         batch = steps.shape[0]
     rows = batch * (2 if bidirectional else 1)
-    if hx is not None and list(hx.shape) not in ([rows, hidden], [1, hidden], [hidden]):
+    if hx is None:
+        return rows
+    # One by one, since torch.compile tells whether lists of symbols are equal by their names.
+    fits = hx.ndim in (1, 2) and hx.shape[-1] == hidden
+    if not fits or (hx.ndim == 2 and hx.shape[0] != rows and hx.shape[0] != 1):
         raise ValueError(
             f"hx must be [{rows}, {hidden}] for each layer, or [1, {hidden}] or [{hidden}] for all "
             f"rows to share, but its shape is {list(hx.shape)}"

@@ -1,4 +1,4 @@
-"""Shared by all tests: seeds, and GPU tests without a GPU."""
+"""Shared by all tests: seeds, and tests of what a machine lacks."""
 
 import functools
 
@@ -9,10 +9,14 @@ from sb_fast_sligru import machine
 
 
 def pytest_collection_modifyitems(items):
+    lacking = {}
     if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA GPU is visible"))
+        lacking["gpu"] = "no CUDA GPU is visible"
+    if " " in torch.__file__:
+        lacking["inductor"] = "PyTorch's Inductor cannot link where the path to torch has a space"
+    for item in items:
+        for marker in lacking.keys() & item.keywords:
+            item.add_marker(pytest.mark.skip(reason=lacking[marker]))
 
 
 @pytest.fixture(autouse=True)

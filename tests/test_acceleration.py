@@ -264,7 +264,7 @@ def test_pretrained_recognisers(kind, cell, tmp_path):
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="sb_fast_sligru runs")
-        assert relative_error(asr.encode_batch(wavs, lens), states) < 1e-5
+        assert relative_error(asr.encode_batch(wavs, lens), states) < 1e-4
         assert asr.transcribe_batch(wavs, lens) == texts
     assert any(texts[0])
     assert list(asr.state_dict()) == list(before)

@@ -136,6 +136,7 @@ def test_batch_sizes_share_a_graph():
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_inductor_computes_what_eager_mode_does(training):
     """Its layout optimisation fails in training for any convolution with dynamic lengths."""
@@ -204,6 +205,7 @@ assert "sb_fast_sligru" not in sys.modules
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 def test_programs_run_without_speechbrain(tmp_path):
     """What torch.export saves, and what AOTInductor makes of it."""
     net = build().eval()

@@ -80,7 +80,7 @@ def is_run_here(block):
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=pytest.mark.slow if page == EXPORT else ())
+        pytest.param(page, marks=(pytest.mark.slow, pytest.mark.inductor) if page == EXPORT else ())
         for page in pages_with("python")
     ],
 )

@@ -303,6 +303,17 @@ def test_a_replaced_part_has_no_lengths(cell):
         net(x, lengths=STEPS / TIME)
 
 
+@either_cell
+def test_a_layer_of_speechbrains_own_has_no_lengths(cell):
+    """`accelerate` leaves one whose method is replaced; without lengths it serves."""
+    net = build(cell, "defaults", False)
+    net.rnn[0].__class__ = getattr(stock, f"{cell}_Layer")
+    x = torch.randn(BATCH, TIME, FEATURES, dtype=torch.float64)
+    assert net.eval()(x)[0].shape == (BATCH, TIME, HIDDEN)
+    with pytest.raises(ValueError, match="lengths: layer 0 is SpeechBrain's own"):
+        net(x, lengths=STEPS / TIME)
+
+
 @either_device
 @either_direction
 @either_cell
@@ -312,8 +323,13 @@ def test_script_and_compile(cell, bidirectional, device):
     x, hx, *_ = draw(net, device)
     lengths = (STEPS / TIME).to(device)
     expected = net(x, hx, lengths)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    for results in (torch.jit.script(net)(x, hx, lengths), compiled(x, hx, lengths)):
+    torch._dynamo.reset()
+    compiled, any_shape = (
+        torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for dynamic in (False, True)
+    )
+    for function in (torch.jit.script(net), compiled, any_shape):
+        results = function(x, hx, lengths)
         for ours, theirs in zip(results, expected, strict=True):
             assert relative_error(ours, theirs) < 1e-13
 
