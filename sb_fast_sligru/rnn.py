@@ -305,8 +305,11 @@ class _LightGRU:
         ends: torch.Tensor | None = None  # of each sequence the last frame
         frames: torch.Tensor | None = None
         time: int | None = None
-        batch, padded_time = x.shape[0], x.shape[1]
+        batch, padded_time = 0, 0
         if lengths is not None:
+            if x.ndim != 3:
+                raise ValueError("x must be [batch, time, features]")
+            batch, padded_time = x.shape[0], x.shape[1]
             steps = count_steps(lengths, batch, padded_time)
             packed = self.training
             if not torch.jit.is_scripting():
@@ -327,9 +330,8 @@ class _LightGRU:
         last = []
         for i, layer in enumerate(self.rnn):
             h0 = None if hx is None else hx[i]
-            if (
-                steps is None
-            ):  # SpeechBrain's own layers, which `accelerate` may leave, take no more
+            # Layers of SpeechBrain's own, which `accelerate` may leave, take no more than these.
+            if steps is None:
                 x = layer(x, h0)
             else:
                 x = layer(x, h0, steps, time)

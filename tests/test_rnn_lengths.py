@@ -293,6 +293,15 @@ def test_bad_lengths_are_named(cell, lengths, message):
 
 
 @either_cell
+@pytest.mark.parametrize("lengths", [None, torch.ones(TIME)], ids=["none", "lengths"])
+@pytest.mark.parametrize("shape", [(TIME,), (TIME, FEATURES)], ids=["1-D", "2-D"])
+def test_inputs_of_another_rank_are_named(cell, lengths, shape):
+    net = build(cell, "defaults", False)
+    with pytest.raises(ValueError, match=r"x must be \[batch, time, (features|5)\]"):
+        net(torch.zeros(shape, dtype=torch.float64), lengths=lengths)
+
+
+@either_cell
 def test_a_replaced_part_has_no_lengths(cell):
     net = build(cell, "defaults", False)
     net.rnn[0].u = Linear(n_neurons=2 * HIDDEN, input_size=HIDDEN, bias=False).double()
