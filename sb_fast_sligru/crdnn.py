@@ -30,11 +30,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
+from ._packing import frame_mask, pack, unpack, valid_frames
 from ._parts import build_module, is_plain, not_plain
 from ._stock import CNN, RNN, containers, dropout, linear, normalization, pooling
 from ._stock import CRDNN as stock
 from .ops._backends import choose, warn_once
-from .rnn import LiGRU, SLiGRU, count_steps, valid_frames
+from .rnn import LiGRU, SLiGRU, count_steps
 
 __all__ = ["CRDNN", "build"]
 
@@ -353,7 +354,7 @@ def _rows(x, frames):
 
 def _without_padding(x, steps):
     """Zeros after the first `steps` [B] frames of x [B, T, ...]."""
-    is_padding = torch.arange(x.shape[1], device=x.device) >= steps.unsqueeze(1)
+    is_padding = ~frame_mask(steps, x.shape[1])
     return x.masked_fill(is_padding.view(*x.shape[:2], *(1,) * (x.ndim - 2)), 0.0)
 
 
@@ -386,9 +387,7 @@ def _call_layers(layers, x, steps):
         elif frames is None:
             x = layer(x)
         else:
-            out = layer(x.flatten(0, 1).index_select(0, frames).unsqueeze(0)).squeeze(0)
-            x = out.new_zeros(batch * time, *out.shape[1:]).index_copy(0, frames, out)
-            x = x.unflatten(0, (batch, time))
+            x = unpack(layer(pack(x, frames).unsqueeze(0)).squeeze(0), frames, batch, time)
     return _without_padding(x, steps)
 
 

@@ -32,6 +32,7 @@ import torch
 from torch import distributed, nn
 
 from . import ops, reference
+from ._packing import pack, unpack, valid_frames
 from ._parts import is_plain, not_plain
 from ._stock import RNN as stock
 from .ops._backends import choose, warn_once
@@ -101,7 +102,21 @@ class _LightGRULayer:
         h0 = self.h_init if hx is None else hx.reshape(-1, self.hidden_size)
         wx = self.w(x) if torch.jit.is_scripting() else self._project(x)
         wx = self._normalise(wx)
-        return self._recurrence(wx, h0, self._draw_drop_mask(rows), steps, time)
+        ln_weight, ln_bias, layer_norm, eps = self._recurrent_norm()
+        return _light_gru(
+            wx,
+            self.u.weight,
+            h0,
+            self._draw_drop_mask(rows),
+            ln_weight,
+            ln_bias,
+            steps,
+            layer_norm,
+            eps,
+            self.activation,
+            self.bidirectional,
+            time,
+        )
 
     @torch.jit.unused
     def _project(self, x: torch.Tensor) -> torch.Tensor:
@@ -205,28 +220,9 @@ class SLiGRU_Layer(_LightGRULayer, stock.SLiGRU_Layer):
         super()._init_drop()
         del self.drop_masks
 
-    def _recurrence(
-        self,
-        wx: torch.Tensor,
-        h0: torch.Tensor,
-        drop_mask: torch.Tensor | None,
-        steps: torch.Tensor | None,
-        time: int | None,
-    ) -> torch.Tensor:
-        return _light_gru(
-            wx,
-            self.u.weight,
-            h0,
-            drop_mask,
-            self.layer_norm.weight,
-            self.layer_norm.bias,
-            steps,
-            True,
-            self.layer_norm.eps,
-            self.activation,
-            self.bidirectional,
-            time,
-        )
+    def _recurrent_norm(self) -> tuple[torch.Tensor | None, torch.Tensor | None, bool, float]:
+        """Weight and bias of the norm of U h, whether there is one, and its eps."""
+        return self.layer_norm.weight, self.layer_norm.bias, True, self.layer_norm.eps
 
 
 class LiGRU_Layer(_LightGRULayer, stock.LiGRU_Layer):
@@ -235,28 +231,9 @@ class LiGRU_Layer(_LightGRULayer, stock.LiGRU_Layer):
     The table ``drop_masks`` is kept, unused: it is part of SpeechBrain's ``state_dict``.
     """
 
-    def _recurrence(
-        self,
-        wx: torch.Tensor,
-        h0: torch.Tensor,
-        drop_mask: torch.Tensor | None,
-        steps: torch.Tensor | None,
-        time: int | None,
-    ) -> torch.Tensor:
-        return _light_gru(
-            wx,
-            self.u.weight,
-            h0,
-            drop_mask,
-            None,
-            None,
-            steps,
-            False,
-            1e-5,
-            self.activation,
-            self.bidirectional,
-            time,
-        )
+    def _recurrent_norm(self) -> tuple[torch.Tensor | None, torch.Tensor | None, bool, float]:
+        """As of an SLi-GRU, which this is without the norm."""
+        return None, None, False, 1e-5
 
 
 class _LightGRU:
@@ -317,7 +294,7 @@ class _LightGRU:
                 packed = packed or _packs_freely(x)
             if packed:  # nothing is computed of padding
                 frames = valid_frames(steps, padded_time)
-                x = x.flatten(0, 1).index_select(0, frames)
+                x = pack(x, frames)
                 time = padded_time
                 ends = steps.cumsum(0) - 1
             else:
@@ -340,8 +317,7 @@ class _LightGRU:
             else:
                 last.append(x.flatten(0, -2).index_select(0, ends))
         if frames is not None:
-            padded = x.new_zeros(batch * padded_time, x.shape[1]).index_copy(0, frames, x)
-            x = padded.view(batch, padded_time, -1)
+            x = unpack(x, frames, batch, padded_time)
         h = torch.stack(last, dim=1)
         if self.bidirectional:
             return x, h.flatten().view(2 * h.shape[1], h.shape[0], self.hidden_size)
@@ -453,31 +429,6 @@ def count_steps(lengths: torch.Tensor, batch: int, time: int) -> torch.Tensor:
                 f"{wrong[0].item():g}"
             )
     return (lengths * time).round().long().clamp(1, time)
-
-
-def valid_frames(steps: torch.Tensor, time: int) -> torch.Tensor:
-    """Where the steps of all sequences lie in their batch.
-
-    Arguments
-    ---------
-    steps : torch.Tensor
-        Of each sequence, integers, [B].
-    time : int
-        Steps of the padded batch.
-
-    Returns
-    -------
-    torch.Tensor
-        Indices of the steps among the B times `time` of the batch, int64, [sum of steps]. On a GPU
-        the host waits for it, to know how many there are.
-
-    Example
-    -------
-    >>> valid_frames(torch.tensor([3, 2]), 3)
-    tensor([0, 1, 2, 3, 4])
-    """
-    valid = torch.arange(time, device=steps.device) < steps.unsqueeze(1)
-    return valid.flatten().nonzero().squeeze(1)
 
 
 def _check_layers(layers):

@@ -9,8 +9,9 @@ from speechbrain.nnet.linear import Linear
 
 import sb_fast_sligru
 from sb_fast_sligru import backend, reference
+from sb_fast_sligru._packing import valid_frames
 from sb_fast_sligru.reference import relative_error
-from sb_fast_sligru.rnn import count_steps, valid_frames
+from sb_fast_sligru.rnn import count_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

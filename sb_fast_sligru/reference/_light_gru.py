@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .._packing import frame_mask, pack, unpack, valid_frames
+
 # By the names that the operator knows them by (cuda_ops/common/activation.h): the modules and the
 # function that SpeechBrain's layers hold as `act`.
 ACTIVATIONS = {
@@ -46,12 +48,9 @@ def light_gru(
     Arguments, result and layouts are those of `sb_fast_sligru.ops.light_gru`, which checks them.
     """
     if time is not None:  # packed
-        valid = torch.arange(time, device=wx.device) < lengths[:, None]
-        frames = valid.flatten().nonzero().squeeze(1)
-        padded = wx.new_zeros(valid.numel(), wx.shape[1]).index_copy(0, frames, wx)
-        padded = padded.view(*valid.shape, wx.shape[1])
+        frames = valid_frames(lengths, time)
         out = light_gru(
-            padded,
+            unpack(wx, frames, len(lengths), time),
             u,
             h0,
             drop_mask,
@@ -63,14 +62,14 @@ def light_gru(
             bidirectional=bidirectional,
             eps=eps,
         )
-        return out.flatten(0, 1).index_select(0, frames)
+        return pack(out, frames)
     act = ACTIVATIONS[activation]
     hidden = u.shape[1]
     directions = 2 if bidirectional else 1
     steps = valid = None
     if lengths is not None:
         steps = lengths.repeat(directions)[:, None]
-        valid = torch.arange(wx.shape[1], device=wx.device) < lengths[:, None]
+        valid = frame_mask(lengths, wx.shape[1])
         wx = torch.where(valid[..., None], wx, 0)  # padding may hold anything
     if bidirectional:
         wx = torch.cat([wx, _reverse(wx, lengths)])
